@@ -1,0 +1,95 @@
+"""The loss scales that keep fp16 gradients inside fp16, and the sites that bind them.
+
+A gradient site tolerates scales 2^k with lo <= k <= hi: above hi its largest magnitude, with `headroom` binades to
+spare, overflows; below lo more than `tolerance` of its energy sum(g^2) is flushed to zero. One scale serves all sites,
+so the interval of the model is [max lo, min hi]; where it is empty, no single scale works for these sites together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..formats import FloatFormat, get_format
+from ..histogram import BINS, EXP_LO
+from ..sites import Site
+from ..stats import StatsTable
+
+_NEVER = 10_000
+
+
+@dataclass(frozen=True)
+class ScaleInterval:
+    """Exponents k of the loss scale 2^k that fit all sites: lo <= k <= hi; empty where lo > hi.
+
+    lo_site, hi_site: the sites that bind the ends (None where there is no gradient at all).
+    """
+
+    lo: int
+    hi: int
+    lo_site: Site | None
+    hi_site: Site | None
+
+    @property
+    def empty(self) -> bool:
+        """Whether no single scale works."""
+        return self.lo > self.hi
+
+    @property
+    def recommended(self) -> int:
+        """2^16 where that is inside, else the nearest end; the middle rounded down where the interval is empty."""
+        return (self.lo + self.hi) // 2 if self.empty else max(self.lo, min(self.hi, 16))
+
+
+def site_bounds(
+    table: StatsTable, fmt: str | FloatFormat = "fp16", *, headroom: int = 1, tolerance: float = 1e-3
+) -> tuple[np.ndarray, np.ndarray]:
+    """(lo, hi) int64[S]: the scale exponents that each row of gradient statistics tolerates on its own.
+
+    Rows that are all zero tolerate everything: lo = -10000, hi = 10000.
+    """
+    fmt = get_format(fmt)
+    lo = np.full(len(table.zeros), -_NEVER, np.int64)
+    hi = np.full(len(table.zeros), _NEVER, np.int64)
+    exponents = EXP_LO + np.arange(BINS)
+    energy = table.counts * (7 / 3) * np.exp2(2.0 * exponents)
+    total = energy.sum(1)
+    lost = np.cumsum(energy, axis=1)
+    for row in np.flatnonzero(total > 0):
+        hi[row] = largest_scale(float(table.amax[row]), fmt) - headroom
+        kept_from = int(np.argmax(lost[row] > tolerance * total[row]))  # first binade that must survive
+        lo[row] = fmt.emin - fmt.precision - 1 - int(exponents[kept_from])
+    return lo, hi
+
+
+def largest_scale(amax: float, fmt: FloatFormat) -> int:
+    """Largest k for which amax * 2^k does not overflow `fmt`."""
+    mantissa, exponent = math.frexp(amax)
+    k = fmt.emax + 1 - exponent
+    return k - 1 if fmt.overflows(math.ldexp(mantissa, fmt.emax + 1)) else k
+
+
+def interval(sites: Sequence[Site], lo: np.ndarray, hi: np.ndarray) -> ScaleInterval:
+    """The interval shared by `sites`, whose own bounds are `lo` and `hi`."""
+    live = np.flatnonzero(hi < _NEVER)
+    if not len(live):
+        return ScaleInterval(0, 24, None, None)
+    worst_lo, worst_hi = live[np.argmax(lo[live])], live[np.argmin(hi[live])]
+    return ScaleInterval(int(lo[worst_lo]), int(hi[worst_hi]), sites[worst_lo], sites[worst_hi])
+
+
+def best_common_scale(lo: np.ndarray, hi: np.ndarray, weight: np.ndarray) -> int:
+    """The exponent that leaves the least `weight` of sites outside their own bounds; the larger of equals, since
+    GradScaler climbs until something overflows."""
+    live = hi < _NEVER
+    if not live.any():
+        return 16
+    candidates = np.unique(np.concatenate([lo[live], hi[live]]))
+    outside = [
+        (weight[live] * ((candidates_k < lo[live]) | (candidates_k > hi[live]))).sum() for candidates_k in candidates
+    ]
+    best = np.flatnonzero(np.asarray(outside) == np.min(outside))
+    return int(candidates[best[-1]])

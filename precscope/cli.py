@@ -1,0 +1,314 @@
+"""The command line: parsing only. Each command calls the function of the same name in the package, prints what it
+wrote and the next command to try.
+
+Exit status: 0 done, 1 failed honestly, 2 wrong use.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__
+from .errors import PrecscopeError
+
+app = typer.Typer(
+    name="precscope",
+    help="Record a training run, ask any number format, get a precision plan with reasons, train with it, compare.\n\n"
+    "Example: precscope profile gpt --out runs/a && precscope recommend runs/a && "
+    "precscope train gpt --plan plan.json --out runs/b",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog="--debug (or PRECSCOPE_DEBUG=1) anywhere on the line shows the traceback of an error.",
+)
+
+TaskArgument = Annotated[str, typer.Argument(help="file.py:function, module:function, or a bundled task such as gpt")]
+RunArgument = Annotated[Path, typer.Argument(help="run directory, as written by profile or train")]
+FormatsOption = Annotated[str, typer.Option(help="formats that may be chosen, separated by commas")]
+SeedOption = Annotated[int, typer.Option(help="seed of parameters, data order and dropout")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace a run that is already there")]
+SkipOption = Annotated[bool, typer.Option("--skip-damaged", help="leave out parts that cannot be read")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="where the runs go")] = Path("runs/demo"),
+    report: Annotated[Path, typer.Option(help="the HTML report")] = Path("reports/demo/index.html"),
+    steps: Annotated[int | None, typer.Option(help="steps per run; by default as many as fit in four minutes")] = None,
+    size: Annotated[str | None, typer.Option(help="model size; by default small on a CPU, medium on a GPU")] = None,
+) -> None:
+    """Record, recommend, train with the plan and compare, on a GPT and real text.
+
+    Example: precscope demo --steps 60
+    """
+    from .demo import run
+
+    with _progress() as progress:
+        result = run(out=out, report=report, steps=steps, size=size, progress=progress)
+    print(result.comparison)
+    print("\n".join(result.findings))
+    _wrote(result.report, result.plan_path, next=f"open {result.report}, then precscope ask {result.recorded} e4m3")
+
+
+@app.command()
+def doctor(size: Annotated[int, typer.Option(help="edge of the matrices that are multiplied")] = 1024) -> None:
+    """Say what this machine can do: devices, native formats, measured rates, versions.
+
+    Example: precscope doctor
+    """
+    from .doctor import describe, examine
+
+    print(describe(examine(size=size)))
+    _next("precscope demo")
+
+
+@app.command()
+def profile(
+    task: TaskArgument,
+    out: Annotated[Path, typer.Option(help="run directory to write")] = Path("runs/profile"),
+    steps: Annotated[int, typer.Option(help="optimizer steps to train")] = 50,
+    precision: Annotated[str, typer.Option(help="fp32, tf32, bf16 or fp16 (autocast)")] = "bf16",
+    every: Annotated[int, typer.Option(help="record every N-th step")] = 10,
+    accumulate: Annotated[int, typer.Option(help="micro-batches per optimizer step")] = 1,
+    lr: Annotated[float | None, typer.Option(help="peak learning rate; default: the trainer's")] = None,
+    seed: SeedOption = 0,
+    costs: Annotated[bool, typer.Option(help="also measure what each module costs in each format")] = True,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Train a task for some steps and record the ranges of all its tensors.
+
+    Example: precscope profile gpt --steps 50 --precision bf16 --out runs/a
+    """
+    from .profiling import profile as run
+
+    with _progress() as progress:
+        result = run(
+            task, out=out, steps=steps, precision=precision, every=every, accumulate=accumulate, lr=lr, seed=seed,
+            costs=costs, exist=_exist(overwrite), progress=progress.run(f"profile {task}"), note=progress.note,
+        )  # fmt: skip
+    print(result)
+    _wrote(out, next=f"precscope ask {out} fp16, or precscope recommend {out}")
+
+
+@app.command()
+def ask(
+    run: RunArgument,
+    format: Annotated[str, typer.Argument(help="fp16, bf16, e4m3, e5m2, ...")],
+    scale_exponent: Annotated[int, typer.Option("--scale-exponent", "-k", help="multiply tensors by 2^k first")] = 0,
+    role: Annotated[list[str] | None, typer.Option(help="only this role (may be repeated)")] = None,
+    sort: Annotated[str, typer.Option(help="column to sort by, worst first")] = "overflow_hi",
+    rows: Annotated[int, typer.Option(help="rows to print; 0 for all")] = 20,
+    by: Annotated[str, typer.Option(help="site, tensor or module")] = "site",
+    csv: Annotated[Path | None, typer.Option(help="also write all rows to this CSV file")] = None,
+    skip_damaged: SkipOption = False,
+) -> None:
+    """Say what a number format would do to every recorded tensor.
+
+    Example: precscope ask runs/a e5m2 -k 12 --role grad_output
+    """
+    from .profiles import Profile, worst_first
+    from .reporting.text import ask_table
+
+    loaded = Profile.load(run, skip_damaged=skip_damaged)
+    _warn_damaged(loaded)
+    table = worst_first(loaded.ask(format, scale_exponent=scale_exponent, by=by, roles=role), sort)
+    print(ask_table(table.head(rows) if rows else table, total=len(table)))
+    if csv is not None:
+        _write_csv(table, csv)
+        _wrote(csv, next=f"precscope recommend {run}")
+    else:
+        _next(f"precscope recommend {run}")
+
+
+@app.command()
+def recommend(
+    run: RunArgument,
+    formats: FormatsOption = "fp16,bf16,fp32",
+    policy: Annotated[str, typer.Option(help="autocast (fp32 master weights) or cast (.half()-style)")] = "autocast",
+    out: Annotated[Path, typer.Option(help="plan file to write")] = Path("plan.json"),
+    skip_damaged: SkipOption = False,
+) -> None:
+    """Recommend a precision per module, with reasons, and write the plan.
+
+    Example: precscope recommend runs/a --formats bf16,fp32 --out plan.json
+    """
+    from .advice import recommend as run_it
+    from .profiles import Profile
+
+    loaded = Profile.load(run, skip_damaged=skip_damaged)
+    _warn_damaged(loaded)
+    plan = run_it(loaded, formats=formats.split(","), policy=policy)
+    plan.save(out)
+    print(plan)
+    task = loaded.run.get("task", "TASK")
+    _wrote(out, next=f"precscope train {task} --plan {out} --out runs/plan")
+
+
+@app.command()
+def train(
+    task: TaskArgument,
+    out: Annotated[Path, typer.Option(help="run directory to write")] = Path("runs/train"),
+    plan: Annotated[Path | None, typer.Option(help="plan.json to train with")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 (default), tf32, bf16 or fp16, where no plan is")] = None,
+    steps: Annotated[int, typer.Option(help="optimizer steps")] = 500,
+    lr: Annotated[float | None, typer.Option(help="peak learning rate; default: the trainer's")] = None,
+    schedule: Annotated[str, typer.Option(help="cosine, linear, constant or none")] = "cosine",
+    accumulate: Annotated[int, typer.Option(help="micro-batches per optimizer step")] = 1,
+    grad_clip: Annotated[float, typer.Option(help="largest gradient norm; 0 for no clipping")] = 1.0,
+    eval_every: Annotated[int | None, typer.Option(help="steps between evaluations")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="steps between checkpoints")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint in --out")] = False,
+    seed: SeedOption = 0,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Train a task, in one precision or with a plan.
+
+    Example: precscope train gpt --plan plan.json --steps 200 --out runs/plan
+    """
+    from .training import train as run
+
+    with _progress() as progress:
+        result = run(
+            task, out=out, plan=plan, precision=precision, steps=steps, lr=lr, schedule=schedule,
+            accumulate=accumulate, grad_clip=grad_clip or None, eval_every=eval_every,
+            checkpoint_every=checkpoint_every, resume=resume, seed=seed,
+            exist="append" if resume else _exist(overwrite), progress=progress.run(f"train {task}"),
+        )  # fmt: skip
+    from .comparison import compare as table
+
+    print(table([out]))
+    for text in result.notes:
+        print(text)
+    _wrote(out, next=f"precscope compare runs/fp32 {out}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="run directories of precscope train")],
+    baseline: Annotated[Path | None, typer.Option(help="run to measure against; default: the first fp32 run")] = None,
+    csv: Annotated[Path | None, typer.Option(help="also write the table to this CSV file")] = None,
+) -> None:
+    """Put training runs side by side: loss, speed, memory, skipped and non-finite steps.
+
+    Example: precscope compare runs/fp32 runs/plan
+    """
+    from .comparison import compare as run
+
+    result = run(runs, baseline=baseline)
+    print(result)
+    if csv is not None:
+        _write_csv(result.table(), csv)
+        _wrote(csv)
+    listed = " ".join(f"--run {r}" for r in runs)
+    _next(f"precscope report {runs[-1]} {listed} --out reports/comparison.html")
+
+
+@app.command()
+def report(
+    run: RunArgument,
+    plan: Annotated[Path | None, typer.Option(help="plan.json to explain")] = None,
+    runs: Annotated[list[Path] | None, typer.Option("--run", help="training run to compare (may be repeated)")] = None,
+    out: Annotated[Path, typer.Option(help="HTML file to write")] = Path("reports/report.html"),
+    title: Annotated[str | None, typer.Option(help="heading of the report")] = None,
+    text: Annotated[bool, typer.Option("--text", help="print it as text instead")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="print it as Markdown instead")] = False,
+    skip_damaged: SkipOption = False,
+) -> None:
+    """Write a self-contained HTML report of a recorded run.
+
+    Example: precscope report runs/a --plan plan.json --out reports/a.html
+    """
+    from .profiles import Profile
+    from .reporting import report as write
+    from .reporting.text import markdown as as_markdown
+    from .reporting.text import verdict_text
+    from .reporting.view import build_view
+
+    loaded = Profile.load(run, skip_damaged=skip_damaged)
+    _warn_damaged(loaded)
+    if text or markdown:
+        from .plans import PrecisionPlan
+
+        view = build_view(loaded, plan=PrecisionPlan.load(plan) if plan else None, runs=runs or (), title=title)
+        print(as_markdown(view) if markdown else verdict_text(view))
+        return
+    written = write(loaded, plan=plan, runs=runs or (), out=out, title=title)
+    _wrote(written, next=f"open {written}")
+
+
+def main() -> None:
+    """Entry of the console script: errors become one line and an exit status."""
+    debug = "--debug" in sys.argv or os.environ.get("PRECSCOPE_DEBUG", "") not in ("", "0")
+    sys.argv = [a for a in sys.argv if a != "--debug"]
+    try:
+        app()
+    except PrecscopeError as error:
+        _fail(error, f"error: {error}", error.exit_code, debug)
+    except KeyboardInterrupt:
+        print("interrupted; what was written before is intact", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        _fail(error, f"error: {type(error).__name__}: {reason} (--debug shows where)", 1, debug)
+
+
+def _fail(error: BaseException, text: str, status: int, debug: bool) -> None:
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    print(" ".join(text.split()), file=sys.stderr)
+    sys.exit(status)
+
+
+def _exist(overwrite: bool) -> str:
+    return "overwrite" if overwrite else "error"
+
+
+def _progress() -> Any:
+    from .progress import Progress
+
+    return Progress()
+
+
+def _wrote(*paths: Path, next: str | None = None) -> None:
+    print("wrote " + ", ".join(str(p) for p in paths))
+    if next:
+        _next(next)
+
+
+def _next(command: str) -> None:
+    print(f"next: {command}")
+
+
+def _write_csv(table: Any, path: Path) -> None:
+    from .store import replacing
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        table.to_csv(temporary, index=False)
+
+
+def _warn_damaged(profile: Any) -> None:
+    for part in profile.damaged:
+        print(f"left out the damaged part {part}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""What this machine can do: devices, which formats are native, measured rates, versions."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = (
+    "precscope", "torch", "numpy", "pandas", "pyarrow", "scipy", "numba", "triton", "plotly", "transformers", "torchao",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Measured matrix-product rate of a format. gflops: 1e9 FLOP per second; NaN where it does not run natively."""
+
+    format: str
+    native: bool
+    gflops: float
+    note: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `examine` found."""
+
+    device: str
+    device_name: str
+    threads: int
+    rates: tuple[Rate, ...]
+    copy_gbytes: float
+    kernels: str
+    versions: dict[str, str]
+
+    @property
+    def advice(self) -> list[str]:
+        """What the rates mean, in sentences for a newcomer."""
+        by_name = {r.format: r for r in self.rates}
+        base = by_name["fp32"].gflops
+        said = []
+        for name in ("bf16", "fp16"):
+            ratio = by_name[name].gflops / base
+            if ratio >= 1.2:
+                said.append(f"{name} matrix products run {ratio:.1f} times as fast as fp32: {name} can gain time here.")
+            elif ratio >= 0.8:
+                said.append(f"{name} matrix products are no faster than fp32: {name} saves memory here, not time.")
+            else:
+                said.append(
+                    f"{name} matrix products run {1 / ratio:.3g} times slower than fp32 here: train in another format. "
+                    f"The bundled trainer computes them through fp32 and rounds, so that {name} can be studied."
+                )
+        if not any(r.native for r in self.rates if r.format.startswith("e")):
+            said.append("fp8 formats are emulated here: quality can be studied, speed cannot.")
+        return said
+
+
+def examine(*, device: str | None = None, size: int = 1024) -> Diagnosis:
+    """Measure this machine: matrix products of size^3 in each format, copy bandwidth, kernel backend, versions."""
+    import torch
+
+    from .kernels import backend_for
+
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else _cpu_name()
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    rates = [Rate(n, True, _matmul_gflops(d, where, size), "") for n, d in dtypes.items()]
+    rates += [_fp8_rate(n, where, size) for n in ("e4m3", "e5m2")]
+    return Diagnosis(
+        where.type, name, torch.get_num_threads(), tuple(rates), _copy_gbytes(where), backend_for(where), _versions()
+    )
+
+
+def _matmul_gflops(dtype: torch.dtype, device: torch.device, size: int) -> float:
+    import torch
+
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = _median_seconds(lambda: a @ b, device)
+    return 2 * size**3 / seconds / 1e9
+
+
+def _fp8_rate(name: str, device: torch.device, size: int) -> Rate:
+    """fp8 by torch._scaled_mm on CUDA devices of compute capability 8.9 and above; emulated elsewhere."""
+    import torch
+
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        return Rate(name, False, float("nan"), "emulated")
+    if name == "e5m2":
+        return Rate(name, True, float("nan"), "native beside e4m3 operands (gradients)")
+    a = torch.randn(size, size, device=device).to(torch.float8_e4m3fn)
+    b = torch.randn(size, size, device=device).to(torch.float8_e4m3fn).t()
+    one = torch.ones((), device=device)
+    seconds = _median_seconds(lambda: torch._scaled_mm(a, b, one, one, out_dtype=torch.bfloat16), device)
+    return Rate(name, True, 2 * size**3 / seconds / 1e9, "")
+
+
+def _median_seconds(action, device: torch.device, *, budget_s: float = 0.4) -> float:
+    import torch
+
+    def once() -> float:
+        start = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    first = once()
+    if first > budget_s:
+        return first
+    times = [once() for _ in range(max(3, min(30, int(budget_s / max(first, 1e-6)))))]
+    return statistics.median(times)
+
+
+def _copy_gbytes(device: torch.device) -> float:
+    """Copy bandwidth in 1e9 bytes per second, bytes read and written counted."""
+    import torch
+
+    x = torch.ones(1 << 24, device=device)
+    y = torch.empty_like(x)
+    return 2 * x.numel() * 4 / _median_seconds(lambda: y.copy_(x), device) / 1e9
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def describe(found: Diagnosis) -> str:
+    """The diagnosis in words, in at most 80 columns."""
+    import textwrap
+
+    base = found.rates[0].gflops
+    lines = [
+        f"device    {found.device_name} ({found.device}, {found.threads} threads)",
+        f"memory    {found.copy_gbytes:.3g} GB/s copied (read and written)",
+        f"kernels   statistics in one pass by {found.kernels}",
+        "",
+        "format    matrix products         against fp32",
+    ]
+    for rate in found.rates:
+        if rate.gflops == rate.gflops:
+            lines.append(f"{rate.format:<9} {rate.gflops:>9.4g} GFLOP/s {rate.gflops / base:>16.3g}x")
+        else:
+            lines.append(f"{rate.format:<9} {rate.note}")
+    lines += ["", *(line for text in found.advice for line in textwrap.wrap(text, 78))]
+    lines += ["", *textwrap.wrap("versions: " + ", ".join(f"{k} {v}" for k, v in found.versions.items()), 78)]
+    return "\n".join(lines)

@@ -1,0 +1,65 @@
+"""Emulated 8-bit matrix products: operands and the gradient of the output take 8-bit values, the rest is bf16.
+
+Every tensor gets one power-of-two scale from its own amax, such that amax falls one binade below the largest of the
+format (head-room). Multiplying by a power of two is exact, so what is lost is what the format loses. Gradients pass the
+rounding of operands unchanged (straight-through); the gradient of the output is rounded to e5m2 (Micikevicius et al.
+2022, arXiv:2209.05433: e4m3 for weights and activations, e5m2 for gradients). No host sync; torch.compile can trace it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .formats import get_format
+
+HEADROOM = 1
+"""Binades kept free above amax."""
+
+
+def round_scaled(x: Tensor, fmt: str) -> Tensor:
+    """`x` rounded to the values of `fmt` under its own power-of-two scale; shape, dtype and device of `x`, no graph.
+
+    The scale comes from the largest finite magnitude. inf and NaN stay what `fmt` can make of them: e4m3 has no inf, so
+    inf becomes NaN there. An empty tensor stays empty.
+    """
+    from .rounding import quantize
+
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    wide = x.detach().float()
+    magnitude = wide.abs()
+    amax = torch.where(magnitude.isfinite(), magnitude, 0.0).amax()
+    # floor(log2(amax)) from the exponent bits; the smallest normal binade stands for subnormals and zero
+    binade = (amax.view(torch.int32) >> 23).clamp(min=1) - 127
+    k = (get_format(fmt).emax - HEADROOM - binade).clamp(-126, 126)
+    return (quantize(wide * _power_of_two(k), fmt) * _power_of_two(-k)).to(x.dtype)
+
+
+def _power_of_two(k: Tensor) -> Tensor:
+    """2^k as float32 from its bit pattern, for integer -126 <= k <= 126."""
+    return ((k + 127) << 23).to(torch.int32).view(torch.float32)
+
+
+class FakeQuantise(torch.autograd.Function):
+    """Rounds forward (`round_scaled`), passes the gradient unchanged."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, fmt: str) -> Tensor:
+        return round_scaled(x, fmt)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class QuantiseGradient(torch.autograd.Function):
+    """Passes forward unchanged, rounds the gradient to e5m2 (`round_scaled`)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return round_scaled(grad, "e5m2")

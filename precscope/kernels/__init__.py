@@ -1,0 +1,228 @@
+"""One pass over a tensor: exponent histogram, extremes, sums; on the device where the tensor is.
+
+    stats = ps.summarize(x)                   # TensorStats of one tensor
+
+    buffer = SlotBuffer(device)               # many tensors: a row of accumulators each
+    buffer.accumulate(0, x)                   # never waits for the device
+    table = buffer.read()                     # StatsTable: one copy to the host
+
+Three backends give the same counts and extremes (sums to float64 rounding): "numba" compiled for the CPU, "triton"
+for GPUs, and "torch" operations, the readable reference, wherever the other two cannot run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from functools import cache
+from types import ModuleType
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from ..histogram import BINS
+from ..stats import MIXED, NOTHING, StatsTable, TensorStats
+from . import reference
+
+__all__ = ["SlotBuffer", "backend_for", "summarize"]
+
+Backend = Literal["auto", "torch", "numba", "triton"]
+_MODULES = {"torch": "reference", "numba": "cpu", "triton": "triton"}
+_NATIVE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+_WIDENED = {
+    getattr(torch, long): short
+    for long, short in {
+        "float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2", "float8_e4m3fnuz": "e4m3fnuz", "float8_e5m2fnuz": "e5m2fnuz",
+    }.items()
+    if hasattr(torch, long)
+}  # fmt: skip
+
+
+def backend_for(device: str | torch.device = "cpu") -> str:
+    """Which backend reduces tensors of `device`: "numba" on the CPU, "triton" on CUDA, else "torch" and why."""
+    name, why = _choose(torch.device(device).type)
+    return f"{name} ({why})" if why else name
+
+
+def summarize(x: Tensor, *, backend: Backend = "auto") -> TensorStats:
+    """The statistics of one tensor: see TensorStats.
+
+    x: floating point of 8 to 64 bits, any shape, stride and device, not complex; sparse tensors count their implicit
+    zeros. Waits for the device. backend: "auto" takes the fastest that can run, see `backend_for`.
+    Raises UsageError for other tensors, and for a backend that cannot run on x's device.
+    """
+    if not isinstance(x, Tensor):
+        raise UsageError(f"summarize takes a torch.Tensor, got {type(x).__name__}: wrap it in torch.as_tensor(...)")
+    buffer = SlotBuffer(x.device, capacity=1, backend=backend)
+    buffer.accumulate(0, x)
+    return TensorStats.from_table(buffer.read(), 0)
+
+
+class SlotBuffer:
+    """Rows of accumulators ("slots") on one device. Only `read` waits for the device.
+
+    A slot takes any number of tensors; their statistics add up. It remembers the format of what it was given. One
+    thread at a time may write a slot.
+    """
+
+    def __init__(self, device: str | torch.device, capacity: int = 256, *, backend: Backend = "auto") -> None:
+        """device: where the tensors will be. capacity: rows to begin with (2.3 kB each)."""
+        self.device = torch.device(device)
+        self._kernels = _load(backend, self.device.type)
+        # Where there is no float64 (Apple's GPUs) tensors are reduced on the host.
+        self._home = torch.device("cpu") if self.device.type == "mps" else self.device
+        self._rows = reference.new_rows(capacity, self._home)
+        self._source = [NOTHING] * capacity
+        self._exponent = [0] * capacity
+
+    @property
+    def capacity(self) -> int:
+        """How many rows there are."""
+        return len(self._source)
+
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` rows; what was accumulated stays."""
+        more = capacity - self.capacity
+        if more > 0:
+            self._rows = torch.cat([self._rows, reference.new_rows(more, self._home)])
+            self._source += [NOTHING] * more
+            self._exponent += [0] * more
+
+    def clear(self) -> None:
+        """Empty all rows."""
+        self._rows.copy_(reference.new_rows(self.capacity, self._home))
+        self._source = [NOTHING] * self.capacity
+        self._exponent = [0] * self.capacity
+
+    def accumulate(self, slot: int, x: Tensor, *, multiplier: float = 1.0) -> None:
+        """Add the statistics of x * multiplier to row `slot`.
+
+        x: fp64, fp32, bf16, fp16 or fp8, any shape and stride, also empty. multiplier: finite and above 0; exact for
+        powers of two (a divided-out loss scale), in float64 otherwise.
+        """
+        if x.dtype not in _NATIVE or x.layout is not torch.strided or x.device != self._rows.device:
+            return self._accumulate_unusual(slot, x, multiplier)
+        source, k = _NATIVE[x.dtype], 0
+        if multiplier != 1.0:
+            x, source, k = _multiplied(x, source, multiplier)
+        self._note(slot, source, k)
+        self._kernels.accumulate(self._rows, slot, x.resolve_neg() if x.is_neg() else x, k)
+        return None
+
+    def accumulate_update(self, slot: int, ratio_slot: int, before: Tensor, after: Tensor) -> None:
+        """Add the statistics of the update dw = after - before (in fp32; fp64 for fp64) to row `slot`.
+
+        Row `ratio_slot` gets the histogram of floor(log2|dw|) - floor(log2|before|), its bins being that difference:
+        what `swallowed_share` needs. There dw == 0 counts as a zero, before == 0 as +inf, anything non-finite as nan.
+        """
+        if before.shape != after.shape:
+            raise UsageError(
+                f"an update needs equal shapes, got {tuple(before.shape)} before and {tuple(after.shape)} after"
+            )
+        before, after = (_plain(t.detach(), self._home) for t in (before, after))
+        wide = torch.float64 in (before.dtype, after.dtype)
+        self._note(slot, "fp64" if wide else "fp32", 0)
+        self._note(ratio_slot, "fp64" if wide else "fp32", 0)
+        self._kernels.accumulate_update(self._rows, slot, ratio_slot, before, after)
+
+    def read(self, n: int | None = None) -> StatsTable:
+        """The first n rows (all by default) as a StatsTable: one copy from the device, and the only wait for it."""
+        n = self.capacity if n is None else n
+        words = self._rows[:n].cpu().numpy()
+        words = words.copy() if self._home.type == "cpu" else words
+        numbers = words.view(np.float64)
+        return StatsTable(
+            counts=words[:, :BINS],
+            zeros=words[:, reference.ZEROS],
+            pos_inf=words[:, reference.POS_INF],
+            neg_inf=words[:, reference.NEG_INF],
+            nan=words[:, reference.NAN],
+            amax=numbers[:, reference.AMAX],
+            amin_nonzero=numbers[:, reference.AMIN],
+            sum=numbers[:, reference.SUM],
+            sumsq=numbers[:, reference.SUMSQ],
+            source=self._source[:n],
+            source_exponent=np.array(self._exponent[:n], dtype=np.int64),
+        )
+
+    def _note(self, slot: int, source: str, k: int) -> None:
+        known = self._source[slot]
+        if known == NOTHING:
+            self._source[slot], self._exponent[slot] = source, k
+        else:
+            if known != source:
+                self._source[slot] = MIXED
+            self._exponent[slot] = min(self._exponent[slot], k)  # of the finest grid
+
+    def _accumulate_unusual(self, slot: int, x: Tensor, multiplier: float) -> None:
+        """Sparse tensors, fp8, and tensors of another device than the rows."""
+        if x.device.type == "meta":
+            raise UsageError("a tensor on device meta has no values: give it a real device first")
+        if x.device != self._home and self._home == self.device:
+            raise UsageError(f"this buffer is on {self.device}, the tensor on {x.device}: use a buffer per device")
+        source = _WIDENED.get(x.dtype)
+        x = x.detach()
+        if x.layout is not torch.strided:
+            size = x.numel()
+            x = (x.coalesce() if x.layout is torch.sparse_coo else x).values()
+            self._rows[slot, reference.ZEROS] += size - x.numel()
+        before, after = self._source[slot], _plain(x, self._home)
+        self.accumulate(slot, after, multiplier=multiplier)
+        if source is not None:  # say what it was, not what it was widened to
+            self._source[slot] = source if before in (NOTHING, source) else MIXED
+
+
+def _plain(x: Tensor, device: torch.device) -> Tensor:
+    """x on `device` in a format that the kernels read: fp8 becomes fp32, which is exact. UsageError for non-floats."""
+    if x.dtype in _WIDENED:
+        x = x.float()
+    if x.dtype not in _NATIVE:
+        raise UsageError(
+            f"statistics need a floating-point tensor of 8 to 64 bits, got {x.dtype}: convert it first, or leave it out"
+        )
+    return x.to(device)
+
+
+def _multiplied(x: Tensor, source: str, multiplier: float) -> tuple[Tensor, str, int]:
+    """(y, source, k) with y * 2^k == x * multiplier; a multiplier that is no power of two leaves the source's grid."""
+    if not (math.isfinite(multiplier) and multiplier > 0):
+        raise UsageError(f"multiplier must be finite and above 0, got {multiplier!r}")
+    mantissa, exponent = math.frexp(multiplier)
+    if mantissa == 0.5:
+        return x, source, exponent - 1
+    return x.detach().double() * multiplier, MIXED, 0
+
+
+@cache
+def _choose(device_type: str) -> tuple[str, str]:
+    """Name of the fastest backend that can run for a device type, and why it is not a faster one, or ""."""
+    wanted = {"cpu": "numba", "cuda": "triton"}.get(device_type, "torch")
+    try:
+        _module(wanted)
+    except (ImportError, RuntimeError, OSError) as error:
+        return "torch", f"{wanted} cannot be used: {str(error).splitlines()[0]}"
+    return wanted, ""
+
+
+def _load(backend: str, device_type: str) -> ModuleType:
+    if backend == "auto":
+        return _module(_choose(device_type)[0])
+    if backend not in _MODULES:
+        raise UsageError(f"unknown backend {backend!r}: it is auto, {', '.join(_MODULES)}")
+    if backend == "numba" and device_type not in ("cpu", "mps"):
+        raise UsageError(f"the numba backend reads tensors on the CPU, not on {device_type}: use backend='auto'")
+    try:
+        module = _module(backend)
+    except ImportError as error:
+        raise UsageError(f"backend {backend!r} cannot be used ({error}): install it, or use backend='torch'") from error
+    if backend == "triton" and device_type != "cuda" and not module.INTERPRETED:
+        raise UsageError(f"the triton backend reads tensors on a GPU, not on {device_type}: use backend='auto'")
+    return module
+
+
+@cache
+def _module(backend: str) -> ModuleType:
+    return importlib.import_module(f".{_MODULES[backend]}", __name__)

@@ -1,0 +1,66 @@
+"""What is known of the model beside its numbers: graph.json.
+
+    {"schema": 1,
+     "modules": [{"name", "type", "parent", "params", "own_params", "calls", "elements", "flops", "leaf"}],
+     "parameters": [{"name", "shape", "dtype", "requires_grad", "owners"}],
+     "edges": [{"producer", "consumer", "elements", "dtype"}]}
+
+`flops` are those of one forward pass spent in the module itself, children not counted: 0 where not measured.
+`elements` is the size of the largest output. `producer` is the innermost module in which the tensor came to be.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .watcher import Watcher
+
+SCHEMA = 1
+
+
+def describe(watcher: Watcher, flops: dict[str, int] | None = None, passes: int = 1) -> dict[str, Any]:
+    """Content of graph.json. passes: forward passes that were watched (calls are given per pass)."""
+    names = set(watcher.names.values())
+    flops = flops or {}
+    modules = [_module(m, name, names, watcher, flops, max(passes, 1)) for m, name in watcher.names.items()]
+    parameters = [
+        {
+            "name": ".".join(filter(None, (sites[0].module, sites[0].tensor))),
+            "shape": list(tensor.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "requires_grad": tensor.requires_grad,
+            "owners": [s.module for s in sites],
+        }
+        for tensor, sites in watcher.owners.items()
+    ]
+    edges = [
+        {"producer": a, "consumer": b, "elements": n, "dtype": dtype} for (a, b), (n, dtype) in watcher.edges.items()
+    ]
+    return {"schema": SCHEMA, "modules": modules, "parameters": parameters, "edges": edges}
+
+
+def _module(
+    module: nn.Module, name: str, names: set[str], watcher: Watcher, flops: dict[str, int], passes: int
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "type": type(module).__name__,
+        "parent": _parent(name, names),
+        "leaf": next(module.children(), None) is None,
+        "params": sum(p.numel() for p in module.parameters()),
+        "own_params": sum(p.numel() for p in module.parameters(recurse=False)),
+        "calls": -(-watcher.calls[name] // passes),
+        "elements": watcher.elements.get(name, 0),
+        "flops": int(flops.get(name, 0)),
+    }
+
+
+def _parent(name: str, names: set[str]) -> str | None:
+    """Name of the nearest watched ancestor, None for the root."""
+    while name:
+        name = name.rpartition(".")[0]
+        if name in names:
+            return name
+    return None

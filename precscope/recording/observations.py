@@ -1,0 +1,144 @@
+"""Rows of statistics between two flushes.
+
+Each distinct tensor of a recorded step is reduced once, into a slot on its own device; a row (step, site) is the sum of
+the slots linked to it. One tensor that is seen at two sites has one slot and two links. Nothing is copied to the host
+before `drain`, which makes one copy per device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from ..kernels import SlotBuffer
+from ..sites import Site
+from ..stats import StatsTable
+from ..store import StatsWriter
+
+Slot = tuple[str, int]  # device, row in that device's buffer
+
+
+class Observations:
+    """Slots and their links. `used` counts the slots since the last drain."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, SlotBuffer] = {}
+        self._next: dict[str, int] = {}
+        self._rows: dict[tuple[int, Site], list[Slot]] = {}
+        self._ratios: dict[tuple[int, Site], Slot] = {}
+        self._scales: dict[int, float | torch.Tensor] = {}
+        self._unscaled: set[tuple[int, Site]] = set()
+        self.used = 0
+
+    def _slot(self, device: torch.device) -> tuple[SlotBuffer, Slot]:
+        key = str(device)
+        buffer = self._buffers.get(key)
+        if buffer is None:
+            buffer = self._buffers[key] = SlotBuffer(device)
+            self._next[key] = 0
+        index = self._next[key]
+        if index >= buffer.capacity:
+            buffer.grow(2 * buffer.capacity)
+        self._next[key] = index + 1
+        self.used += 1
+        return buffer, (key, index)
+
+    def reduce(self, x: torch.Tensor) -> Slot:
+        """Reduce `x` into a new slot."""
+        buffer, slot = self._slot(x.device)
+        buffer.accumulate(slot[1], x)
+        return slot
+
+    def reduce_update(self, step: int, sites: Iterable[Site], before: torch.Tensor, after: torch.Tensor) -> None:
+        """Reduce the update after - before, and its size relative to `before`, into the rows (step, sites)."""
+        buffer, slot = self._slot(after.device)
+        _, ratio = self._slot(after.device)
+        buffer.accumulate_update(slot[1], ratio[1], before, after)
+        for site in sites:
+            self.link(step, site, slot)
+            self._ratios[step, site] = ratio
+
+    def link(self, step: int, site: Site, slot: Slot) -> None:
+        """Let `slot` count for the row (step, site)."""
+        self._rows.setdefault((step, site), []).append(slot)
+
+    def link_unscaled(self, step: int, site: Site, slot: Slot) -> None:
+        """Like `link`, for a gradient out of which the loss scale was divided already."""
+        self.link(step, site, slot)
+        self._unscaled.add((step, site))
+
+    def has(self, step: int, site: Site) -> bool:
+        """Whether the row (step, site) has statistics."""
+        return (step, site) in self._rows
+
+    def set_scale(self, step: int, scale: float | torch.Tensor) -> None:
+        """Remember the loss scale that multiplied this step's gradients (the first one told wins)."""
+        self._scales.setdefault(step, scale)
+
+    def has_scale(self, step: int) -> bool:
+        """Whether this step's loss scale is known."""
+        return step in self._scales
+
+    def drain(self, writer: StatsWriter) -> int:
+        """Write all rows as one part and forget them. Returns the number of rows written.
+
+        They are forgotten also where writing fails, so that a full disk cannot grow the memory of the run.
+        """
+        rows = list(self._rows)
+        try:
+            if rows:
+                writer.write(*self._read(rows))
+        finally:
+            self._clear()
+        return len(rows)
+
+    def _read(
+        self, rows: list[tuple[int, Site]]
+    ) -> tuple[np.ndarray, list[Site], StatsTable, np.ndarray, dict[int, tuple[np.ndarray, int, int]]]:
+        offsets, tables = {}, []
+        for key, buffer in self._buffers.items():
+            offsets[key] = sum(len(t.zeros) for t in tables)
+            tables.append(buffer.read(self._next[key]))
+        everything = StatsTable.concat(tables)
+        links = [(offsets[d] + i, row) for row, key in enumerate(rows) for d, i in self._rows[key]]
+        slots, keys = np.asarray(links, np.int64).T
+        table = everything.take(slots).group(keys, len(rows))
+        scale = np.ones(len(rows))
+        known = {step: float(s) for step, s in self._scales.items()}
+        for i, (step, site) in enumerate(rows):
+            if site.role.is_gradient and (step, site) not in self._unscaled:
+                scale[i] = known.get(step, 1.0)
+        ratios = {}
+        for i, key in enumerate(rows):
+            if key in self._ratios:
+                device, index = self._ratios[key]
+                row = offsets[device] + index
+                ratios[i] = (everything.counts[row], int(everything.zeros[row]), int(everything.pos_inf[row]))
+        steps = np.asarray([step for step, _ in rows], np.int64)
+        return steps, [site for _, site in rows], _unscale(table, scale), scale, ratios
+
+    def _clear(self) -> None:
+        for key, buffer in self._buffers.items():
+            if self._next[key]:
+                buffer.clear()
+            self._next[key] = 0
+        self._rows.clear()
+        self._ratios.clear()
+        self._scales.clear()
+        self._unscaled.clear()
+        self.used = 0
+
+
+def _unscale(table: StatsTable, scale: np.ndarray) -> StatsTable:
+    """Divide the loss scale out of each row: exact for powers of two. For another scale the scalars are exact and the
+    histogram moves by floor(log2 scale), so that an element may be counted one binade too high."""
+    scale = np.where(np.isfinite(scale) & (scale > 0), scale, 1.0)
+    mantissa, exponent = np.frexp(scale)
+    shifted = table.shift(-(exponent.astype(np.int64) - 1))
+    rest = 2 * mantissa
+    if np.any(rest != 1):
+        shifted.amax, shifted.amin_nonzero = shifted.amax / rest, shifted.amin_nonzero / rest
+        shifted.sum, shifted.sumsq = shifted.sum / rest, shifted.sumsq / rest**2
+    return shifted

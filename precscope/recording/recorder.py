@@ -1,0 +1,273 @@
+"""The recorder: `with ps.record(model, "runs/a", optimizer=opt, scaler=scaler, every=10) as rec: ...; rec.step()`.
+
+Hooks are in place only during recorded steps (0, every, 2 every, ...), so that the other steps run as if precscope were
+not there. Statistics stay on the device until a flush; a flush makes one copy and writes one part. The run's numbers
+are untouched: hooks only read.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import __version__
+from ..errors import ModelError, RunDirectoryError, UsageError
+from ..store import SCHEMA, StatsWriter, prepare_directory, update_json, write_json
+from . import graph
+from .observations import Observations
+from .updates import OptimizerWatcher
+from .watcher import Watcher, watched_modules
+
+_FLUSH_SLOTS = 4096  # of 2.3 kB each: the buffer stays near 10 MB however large the model
+_FLUSH_SECONDS = 60.0
+
+
+class Recorder:
+    """Records activations, gradients, weights, updates and optimizer state of `model`; see `record`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        out: str | Path,
+        *,
+        optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
+        scaler: Any = None,
+        every: int = 10,
+        flush_every: int = 10,
+        max_calls: int = 16,
+        on_error: str = "warn",
+        exist: str = "error",
+        first_step: int = 0,
+        info: dict[str, Any] | None = None,
+    ) -> None:
+        if every < 1 or flush_every < 1 or max_calls < 1:
+            raise UsageError(
+                f"every, flush_every and max_calls must be 1 or more, not {every}, {flush_every}, {max_calls}"
+            )
+        if on_error not in ("warn", "raise"):
+            raise UsageError(f"on_error must be 'warn' or 'raise', not {on_error!r}")
+        self.model = unwrap(model)
+        if not watched_modules(self.model):
+            raise ModelError(f"{type(self.model).__name__} has no module that computes: there is nothing to record")
+        self.every, self.flush_every, self.on_error = every, flush_every, on_error
+        self._out, self._exist, self._info = Path(out), exist, info or {}
+        self._optimizers = _as_list(optimizer)
+        self._scaler = scaler
+        self._max_calls = max_calls
+        self.index = first_step
+        self.failed: str | None = None
+        self.flops: dict[str, int] = {}
+        self.recorded_steps = 0
+
+    # life cycle
+
+    def __enter__(self) -> Recorder:
+        self.directory = _rank_directory(prepare_directory(self._out, exist=self._exist))
+        self._writer = StatsWriter(self.directory)
+        self._observations = Observations()
+        self._watcher = Watcher(self.model, self._observations, scale=self._loss_scale, max_calls=self._max_calls)
+        self._updates = OptimizerWatcher(self._optimizers, self._observations, self._watcher.owners)
+        self._since_flush = 0
+        self._flushed_at = time.monotonic()
+        self._forced_eager = False
+        self._write_run("running")
+        self._begin_step()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._detach()
+        failing = kind is not None
+        if failing and self.failed is None and isinstance(value, RunDirectoryError):
+            self.failed = str(value)  # it is being raised: no second word about it
+        raising = self.on_error == "raise" and not failing
+        try:
+            self._flush(raising=raising)
+            self._guarded(self._write_graph, raising=raising)
+            self._guarded(lambda: self._write_run("failed" if failing else "done", error=value), raising=raising)
+        finally:
+            self._observations = Observations()
+
+    def step(self) -> None:
+        """End an optimizer step. Call it once after each `optimizer.step()`, `scaler.update()` included."""
+        if self.recording:
+            self.recorded_steps += 1
+            self._since_flush += 1
+            self._watcher.end_step()
+            slow = time.monotonic() - self._flushed_at > _FLUSH_SECONDS
+            if self._since_flush >= self.flush_every or self._observations.used >= _FLUSH_SLOTS or slow:
+                self._flush(raising=self.on_error == "raise")
+        self.index += 1
+        self._begin_step()
+
+    def flush(self) -> None:
+        """Write what was recorded so far. Raises RunDirectoryError where the directory cannot be written."""
+        self._flush(raising=True)
+
+    @property
+    def recording(self) -> bool:
+        """Whether the present step is recorded."""
+        return self._watcher.attached
+
+    # internals
+
+    def _begin_step(self) -> None:
+        if self.failed is None and self.index % self.every == 0:
+            self._force_eager(True)
+            self._watcher.attach(self.index)
+            self._updates.attach(self.index)
+        else:
+            self._detach()
+
+    def _detach(self) -> None:
+        self._watcher.detach()
+        self._updates.detach()
+        self._force_eager(False)
+
+    def _force_eager(self, eager: bool) -> None:
+        """Compiled code runs no hooks: recorded steps run eagerly where anything was compiled."""
+        if eager != self._forced_eager and (not eager or "torch._dynamo" in sys.modules):
+            torch.compiler.set_stance("force_eager" if eager else "default")
+            self._forced_eager = eager
+
+    def _loss_scale(self) -> float | torch.Tensor | None:
+        """The scale of the running step, as a device tensor where there is one, so that nothing waits for it."""
+        if self._scaler is None or isinstance(self._scaler, int | float):
+            return self._scaler
+        if not self._scaler.is_enabled():
+            return None
+        get_async = getattr(self._scaler, "_get_scale_async", None)
+        scale = get_async() if get_async is not None else None
+        return scale.clone() if isinstance(scale, torch.Tensor) else float(self._scaler.get_scale())
+
+    def _flush(self, *, raising: bool) -> None:
+        self._since_flush = 0
+        self._flushed_at = time.monotonic()
+        self._guarded(lambda: self._observations.drain(self._writer), raising=raising)
+
+    def _guarded(self, action: Any, *, raising: bool = False) -> None:
+        """Do `action`; where the directory cannot be written, raise, or warn once and stop recording: a full disk must
+        not end a training run."""
+        try:
+            action()
+        except RunDirectoryError as error:
+            if raising:
+                raise
+            if self.failed is None:
+                self.failed = str(error)
+                warnings.warn(f"precscope stopped recording: {error}", RuntimeWarning, stacklevel=4)
+
+    def _write_graph(self) -> None:
+        write_json(self.directory / "graph.json", graph.describe(self._watcher, self.flops, self.recorded_steps))
+
+    def _write_run(self, status: str, error: BaseException | None = None) -> None:
+        content = {"status": status, "recorded_steps": self.recorded_steps}
+        if status == "running":
+            content = {"schema": SCHEMA, **provenance(self.model), "every": self.every, **self._info, **content}
+            write = update_json if self._exist == "append" else write_json
+            write(self.directory / "run.json", content)
+        else:
+            if error is not None:
+                content["error"] = f"{type(error).__name__}: {error}"
+            update_json(self.directory / "run.json", {**content, "finished": _now()})
+
+
+def record(
+    model: nn.Module,
+    out: str | Path,
+    *,
+    optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
+    scaler: Any = None,
+    every: int = 10,
+    flush_every: int = 10,
+    max_calls: int = 16,
+    on_error: str = "warn",
+    exist: str = "error",
+    first_step: int = 0,
+    info: dict[str, Any] | None = None,
+) -> Recorder:
+    """A context manager that records `model` into the run directory `out` while any training loop runs.
+
+        with ps.record(model, "runs/a", optimizer=opt, scaler=scaler, every=10) as rec:
+            for batch in loader:
+                ...
+                rec.step()
+
+    optimizer: one or several; their updates and state are recorded. scaler: the GradScaler (or a number) whose scale is
+    divided out of gradients. every: record steps 0, every, 2 every, ... flush_every: recorded steps per part.
+    max_calls: call indices kept apart per module and pass. on_error: "warn" stops recording when the directory cannot
+    be written and lets the run go on; "raise" ends it. exist: see prepare_directory. first_step: index of the first
+    step, for resumed runs. info: more keys for run.json.
+
+    The losses and weights of the run are the same bit for bit with and without it; compiled models run their recorded
+    steps eagerly. Raises UsageError, ModelError, RunDirectoryError.
+    """
+    return Recorder(
+        model, out, optimizer=optimizer, scaler=scaler, every=every, flush_every=flush_every, max_calls=max_calls,
+        on_error=on_error, exist=exist, first_step=first_step, info=info,
+    )  # fmt: skip
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module under torch.compile and DistributedDataParallel."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def provenance(model: nn.Module) -> dict[str, Any]:
+    """What ran: versions, device, host threads, command line."""
+    parameter = next(model.parameters(), None)
+    device = parameter.device if parameter is not None else torch.device("cpu")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "precscope": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": device.type,
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+        "model": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "command": " ".join(sys.argv),
+        "pid": os.getpid(),
+        "started": _now(),
+    }
+
+
+def _rank_directory(path: Path) -> Path:
+    """Rank 0 writes into the run directory, others below it: histograms add up when the run is read."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if distributed else 0
+    return path if rank == 0 else prepare_directory(path / f"rank-{rank:05d}", exist="append")
+
+
+def _as_list(optimizer: Any) -> list[torch.optim.Optimizer]:
+    if optimizer is None:
+        return []
+    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    for item in optimizers:
+        if not isinstance(item, torch.optim.Optimizer):
+            raise UsageError(f"optimizer must be a torch.optim.Optimizer or several, not {type(item).__name__}")
+    return optimizers
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

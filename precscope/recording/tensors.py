@@ -1,0 +1,63 @@
+"""Finding the tensors in what modules take and give."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+_DEPTH = 6
+
+
+def named_tensors(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (path, tensor) for every tensor inside tuples, lists, dicts, namedtuples and dataclasses.
+
+    Paths join field names and indices with dots; a bare tensor has the path it was given.
+    """
+    if isinstance(value, torch.Tensor):
+        yield path, value
+    elif value is None or isinstance(value, str | bytes | int | float | bool) or depth >= _DEPTH:
+        return
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from named_tensors(item, _join(path, key), depth + 1)
+    elif isinstance(value, tuple | list):
+        names = getattr(value, "_fields", range(len(value)))
+        for key, item in zip(names, value, strict=False):
+            yield from named_tensors(item, _join(path, key), depth + 1)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from named_tensors(getattr(value, field.name, None), _join(path, field.name), depth + 1)
+
+
+def call_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
+    """Tensors of a call's arguments; a single one has the path ""."""
+    found = [*named_tensors(args), *named_tensors(kwargs)] if kwargs else list(named_tensors(args))
+    return [("", found[0][1])] if len(found) == 1 else found
+
+
+def dense(x: torch.Tensor) -> torch.Tensor | None:
+    """The values to reduce: `x` without autograd, its stored values if sparse, its local shard if distributed; None
+    where there is nothing to see (integers, meta, fake or functorch tensors, unknown subclasses)."""
+    if not x.is_floating_point() or x.device.type == "meta":
+        return None
+    if x.layout != torch.strided:
+        return dense(_sparse_values(x))
+    if type(x) is torch.Tensor or type(x) is torch.nn.Parameter:
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return None
+        return x.detach()
+    to_local = getattr(x, "to_local", None)
+    if to_local is not None:
+        return dense(x._local_tensor)  # type: ignore[attr-defined]  # to_local() would record itself in autograd
+    return x.detach() if isinstance(x, torch.nn.Parameter) and type(x.data) is torch.Tensor else None
+
+
+def _sparse_values(x: torch.Tensor) -> torch.Tensor:
+    return x.detach()._values() if x.layout == torch.sparse_coo else x.detach().values()
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)

@@ -1,0 +1,245 @@
+"""Hooks on modules and tensors: who sees which tensor, reduced once.
+
+Forward pre-hooks see inputs before an in-place module changes them, forward hooks see outputs, tensor hooks see
+gradients. Full backward hooks are avoided: they wrap inputs and outputs, which breaks on views and in-place operations.
+A tensor hook on x sees dL/dx in full: where x feeds several modules, grad_input of each is that total.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..sites import Role, Site
+from .observations import Observations, Slot
+from .tensors import call_tensors, dense, named_tensors
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+class _Seen:
+    """A tensor that was met in the current pass."""
+
+    __slots__ = ("consumed", "grad_sites", "producer", "ref", "slot", "version")
+
+    def __init__(self, x: torch.Tensor, slot: Slot | None, producer: str) -> None:
+        self.ref = weakref.ref(x)
+        self.version = _version(x)
+        self.slot = slot
+        self.producer = producer
+        self.grad_sites: list[Site] | None = None
+        self.consumed = False
+
+    def is_same(self, x: torch.Tensor) -> bool:
+        return self.ref() is x and self.version == _version(x)
+
+
+def watched_modules(model: nn.Module) -> dict[nn.Module, str]:
+    """Modules that compute or own parameters, with their first name: all but pure containers (their tensors are their
+    children's). A shared module appears once."""
+    return {
+        m: name
+        for name, m in model.named_modules()
+        if type(m) not in _CONTAINERS or next(m.parameters(recurse=False), None) is not None
+    }
+
+
+class Watcher:
+    """Attaches to a model for the recorded steps and links what passes to rows of `observations`.
+
+    max_calls: calls of one module beyond this many within a pass share the last call index.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        observations: Observations,
+        *,
+        scale: Callable[[], float | torch.Tensor | None],
+        max_calls: int = 16,
+    ) -> None:
+        self.model = model
+        self.names = watched_modules(model)
+        self.owners = parameter_owners(self.names)
+        self.edges: dict[tuple[str, str], tuple[int, str]] = {}
+        self.calls: Counter[str] = Counter()
+        self.elements: dict[str, int] = {}
+        self._observations = observations
+        self._scale = scale
+        self._max_calls = max_calls
+        self._handles: list[Any] = []
+        self._tensor_handles: list[Any] = []
+        self._seen: dict[int, _Seen] = {}
+        self._stack: list[tuple[str, int]] = []
+        self._counts: Counter[tuple[str, bool]] = Counter()
+        self._step: int | None = None
+        self._weights_done = False
+
+    @property
+    def attached(self) -> bool:
+        """Whether hooks are in place."""
+        return bool(self._handles)
+
+    def attach(self, step: int) -> None:
+        """Hook every watched module and parameter; what passes from now on belongs to `step`."""
+        self._step, self._weights_done = step, False
+        if self._handles:
+            return
+        for module in self.names:
+            self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._after, with_kwargs=True, always_call=True))
+        for parameter, sites in self.owners.items():
+            if parameter.requires_grad and parameter.is_floating_point():
+                grad_sites = [s._replace(role=Role.GRAD_WEIGHT) for s in sites]
+                self._handles.append(parameter.register_hook(partial(self._gradient, grad_sites)))
+
+    def detach(self) -> None:
+        """Take all hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.end_step()
+        self._step = None
+
+    def end_step(self) -> None:
+        """Forget the tensors of the step; hooks left on its graph are removed."""
+        for handle in self._tensor_handles:
+            handle.remove()
+        self._tensor_handles.clear()
+        self._begin_pass()
+
+    def _begin_pass(self) -> None:
+        self._seen.clear()
+        self._counts.clear()
+        self._stack.clear()
+
+    # hooks
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        recompute = _inside_backward()
+        if module is self.model and not recompute:
+            self._begin_pass()
+        if not self._weights_done:
+            self._record_weights()
+        name = self.names[module]
+        call = min(self._counts[name, recompute], self._max_calls - 1)
+        self._counts[name, recompute] += 1
+        for path, x in call_tensors(args, kwargs):
+            seen = self._see(x, Site(name, Role.INPUT, call, path), recompute)
+            if seen is not None and not recompute:
+                self._add_edge(seen, name, x)
+        self._stack.append((name, call))
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        name = self.names[module]
+        while self._stack:  # calls that raised below us may have left theirs
+            top, call = self._stack.pop()
+            if top == name:
+                break
+        else:
+            return
+        recompute = _inside_backward()
+        if not recompute:
+            self.calls[name] += 1
+        for path, x in named_tensors(output):
+            self._see(x, Site(name, Role.OUTPUT, call, path), recompute)
+            if not recompute:
+                self.elements[name] = max(self.elements.get(name, 0), x.numel())
+
+    def _gradient(self, sites: list[Site], gradient: torch.Tensor) -> None:
+        if self._step is None or gradient is None:
+            return
+        values = dense(gradient)
+        if values is None:
+            return
+        if not self._observations.has_scale(self._step):
+            scale = self._scale()
+            self._observations.set_scale(self._step, 1.0 if scale is None else scale)
+        seen = self._find(gradient)
+        if seen is None:
+            seen = self._seen[id(gradient)] = _Seen(gradient, self._observations.reduce(values), "")
+        assert seen.slot is not None
+        for site in sites:
+            self._observations.link(self._step, site, seen.slot)
+
+    # one tensor
+
+    def _see(self, x: torch.Tensor, site: Site, recompute: bool) -> _Seen | None:
+        """Reduce `x` unless it was met before, link it to `site`, and hook its gradient.
+
+        While a checkpointed part is recomputed inside backward, the values were counted already; only gradients are
+        hooked, since a reentrant checkpoint has its graph from here alone.
+        """
+        assert self._step is not None
+        seen = self._find(x)
+        if seen is None:
+            values = dense(x)
+            if values is None:
+                return None
+            slot = None if recompute else self._slot_of(x, values)
+            producer = site.module if site.role is Role.OUTPUT else self._stack[-1][0] if self._stack else ""
+            seen = self._seen[id(x)] = _Seen(x, slot, producer)
+        if seen.slot is not None and not recompute:
+            self._observations.link(self._step, site, seen.slot)
+        if x.requires_grad:
+            role = Role.GRAD_INPUT if site.role is Role.INPUT else Role.GRAD_OUTPUT
+            if seen.grad_sites is None:
+                seen.grad_sites = []
+                self._tensor_handles.append(x.register_hook(partial(self._gradient, seen.grad_sites)))
+            seen.grad_sites.append(site._replace(role=role))
+        return seen
+
+    def _slot_of(self, x: torch.Tensor, values: torch.Tensor) -> Slot:
+        """The slot of a view's base where the view only reshapes it, else a new one."""
+        base = x._base if x._is_view() else None
+        if base is not None and base.numel() == x.numel() and base.dtype == x.dtype:
+            seen = self._find(base)
+            if seen is not None and seen.slot is not None:
+                return seen.slot
+        return self._observations.reduce(values)
+
+    def _find(self, x: torch.Tensor) -> _Seen | None:
+        seen = self._seen.get(id(x))
+        return seen if seen is not None and seen.is_same(x) else None
+
+    def _add_edge(self, seen: _Seen, consumer: str, x: torch.Tensor) -> None:
+        if seen.producer != consumer:
+            key = (seen.producer, consumer)
+            elements = max(x.numel(), self.edges.get(key, (0, ""))[0])
+            self.edges[key] = (elements, str(x.dtype).removeprefix("torch."))
+
+    def _record_weights(self) -> None:
+        assert self._step is not None
+        self._weights_done = True
+        with torch.no_grad():
+            for tensor, sites in self.owners.items():
+                values = dense(tensor)
+                if values is None:
+                    continue
+                slot = self._observations.reduce(values)
+                for site in sites:
+                    self._observations.link(self._step, site, slot)
+
+
+def parameter_owners(names: dict[nn.Module, str]) -> dict[torch.Tensor, list[Site]]:
+    """Parameters and floating buffers -> the weight sites of every module that owns them (several where tied)."""
+    owners: dict[torch.Tensor, list[Site]] = {}
+    for module, name in names.items():
+        for local, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor.is_floating_point():
+                owners.setdefault(tensor, []).append(Site(name, Role.WEIGHT, 0, local))
+    return owners
+
+
+def _version(x: torch.Tensor) -> int:
+    return -1 if x.is_inference() else x._version
+
+
+def _inside_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1

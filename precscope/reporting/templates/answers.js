@@ -1,0 +1,145 @@
+"use strict";
+// What rounding to a format does to a tensor, answered from its exponent histogram.
+// The same formulas, in the same order, as precscope/histogram.py (rounding_table) and precscope/stats.py (_answer).
+
+const EXP_LO = DATA.bins.lo, BINS = DATA.bins.count, CONTINUOUS = 200;
+const floatBits = new DataView(new ArrayBuffer(8));
+
+// Exact exponent e of a positive finite double, 2^e <= x < 2^(e+1).
+function binadeOf(x) {
+  floatBits.setFloat64(0, x);
+  const raw = (floatBits.getUint32(0) >>> 20) & 0x7ff;
+  return raw ? raw - 1023 : binadeOf(x * 2 ** 64) - 64;
+}
+
+// x * 2^k, also where 2^k alone leaves the range of a double.
+function ldexp(x, k) {
+  for (; k > 1000; k -= 1000) x *= 2 ** 1000;
+  for (; k < -1000; k += 1000) x *= 2 ** -1000;
+  return x * 2 ** k;
+}
+
+function roundHalfEven(x) {
+  const floor = Math.floor(x), rest = x - floor;
+  if (rest !== 0.5) return Math.round(x);
+  return floor % 2 === 0 ? floor : floor + 1;
+}
+
+const meanSquare = (points) => 7 / 3 - 1.5 / points + 1 / (6 * points * points);
+
+const tables = new Map();
+
+function roundingTable(fmt, k, source, sourceExponent) {
+  const key = `${fmt.name} ${k} ${source ? source.name : ""} ${sourceExponent}`;
+  let table = tables.get(key);
+  if (table) return table;
+  const columns = ["overflows", "top", "flushed", "subnormal", "error", "flushError", "energy"];
+  table = Object.fromEntries(columns.map((name) => [name, new Float64Array(BINS)]));
+  const lowest = fmt.emin - fmt.p - 1;
+  for (let i = 0; i < BINS; i++) {
+    const e = EXP_LO + i, binade = e + k;
+    const ulp = Math.max(binade, fmt.emin) - fmt.p;
+    let step = binade - CONTINUOUS;
+    if (source) {
+      const moved = sourceExponent + k;
+      step = Math.min(Math.max(binade - moved, source.emin) - source.p + moved, binade);
+    }
+    const points = 2 ** (binade - step), coarser = ulp - step, ratio = 2 ** Math.max(coarser, 0);
+    const below = binade < lowest, isLowest = binade === lowest, inRange = binade <= fmt.emax;
+    const uniform = isLowest ? (1 + 3 / ratio + 2 / ratio ** 2) / 12 : coarser >= 1 ? (1 + 2 / ratio ** 2) / 12 : 0;
+    const energy = ldexp(meanSquare(points), 2 * e), tie = isLowest ? 1 / points : 0;
+    table.overflows[i] = inRange ? 0 : 1;
+    table.top[i] = binade === fmt.emax ? 1 : 0;
+    table.flushed[i] = below ? 1 : tie;
+    table.subnormal[i] = binade >= lowest && binade < fmt.emin ? 1 - tie : 0;
+    table.error[i] = inRange ? (below ? energy : ldexp(uniform, 2 * (ulp - k))) : 0;
+    table.flushError[i] = below ? energy : 0;
+    table.energy[i] = energy;
+  }
+  if (tables.size > 4000) tables.clear();
+  tables.set(key, table);
+  return table;
+}
+
+function overflows(magnitude, fmt, k) {
+  const scaled = ldexp(magnitude, k);
+  return Number.isFinite(magnitude) && (fmt.atMidpoint ? scaled >= fmt.overflowFrom : scaled > fmt.overflowFrom);
+}
+
+// Whether one magnitude is flushed, and its squared rounding error in units before the scale.
+function roundExactly(magnitude, fmt, k) {
+  const ulp = Math.max((magnitude > 0 ? binadeOf(magnitude) : -1) + k, fmt.emin) - fmt.p - k;
+  const steps = ldexp(magnitude, -ulp), rounded = roundHalfEven(steps);
+  return { lost: rounded === 0, squared: ldexp(steps - rounded, ulp) ** 2 };
+}
+
+// site: {counts, lo, count, amax, amin, sumsq, source, sourceExponent, weights}. Returns what Profile.ask returns.
+function ask(site, fmt, k) {
+  const t = roundingTable(fmt, k, site.source, site.sourceExponent);
+  const counts = site.counts, first = site.lo - EXP_LO;
+  let finite = 0, beyond = 0, inTop = 0, flushed = 0, subnormal = 0, energyAll = 0, flushError = 0;
+  let keptEnergy = 0, keptError = 0, topEnergy = 0, topError = 0, priced = 0;
+  for (let j = 0; j < counts.length; j++) {
+    const i = first + j, n = counts[j], kept = n - n * t.overflows[i], top = n * t.top[i];
+    finite += n;
+    beyond += n * t.overflows[i];
+    inTop += top;
+    flushed += n * t.flushed[i];
+    subnormal += n * t.subnormal[i];
+    energyAll += n * t.energy[i];
+    flushError += n * t.flushError[i];
+    keptEnergy += kept * t.energy[i];
+    keptError += kept * t.error[i];
+    topEnergy += top * t.energy[i];
+    topError += top * t.error[i];
+    if (site.weights) priced += site.weights[j] * t.error[i];
+  }
+
+  // Overflow: bounds from the bins, settled by the extremes where they can.
+  const largest = overflows(site.amax, fmt, k);
+  const smallest = finite > 0 && overflows(site.amin, fmt, k);
+  let atMost = beyond + inTop, surely = beyond;
+  if (largest && atMost === 0) atMost = finite;
+  if (site.amin < 2 ** EXP_LO) surely = Math.min(surely, finite - 1);
+  const lo = smallest ? finite : largest ? Math.max(surely, 1) : 0;
+  const hi = Math.max(lo, smallest ? finite : largest ? Math.min(atMost, finite - 1) : 0);
+
+  // Signal and noise of what stays in range.
+  const top = Math.min(fmt.overflowFrom / 2 ** fmt.emax, 2) - 1;
+  const topShare = top * (1 + (1 + top) + (1 + top) ** 2) / 3 / (7 / 3);
+  const cut = hi > 0;
+  const energyKept = keptEnergy - (cut ? 1 - topShare : 0) * topEnergy;
+  let error = keptError - (cut ? 1 - top : 0) * topError;
+  let signal = Number.isFinite(site.sumsq) && site.sumsq > 0 ? site.sumsq : energyAll;
+  if (cut) signal = signal * energyKept / (energyAll > 0 ? energyAll : 1);
+  error += Math.min(flushError, signal) - flushError;
+  let noise = lo === finite ? 0 : Math.max(error, 0);
+
+  // All magnitudes equal: nothing is left to estimate.
+  if (finite > 0 && site.amax === site.amin) {
+    const { lost, squared } = roundExactly(site.amax, fmt, k), stays = hi === 0;
+    flushed = lost && stays ? finite : 0;
+    if (lost) subnormal = 0;
+    signal = stays ? finite * site.amax ** 2 : 0;
+    noise = stays ? finite * squared : 0;
+  }
+  const elements = Math.max(site.count, 1);
+  return {
+    overflowLo: lo / elements, overflowHi: hi / elements, flushed: flushed / elements, subnormal: subnormal / elements,
+    sqnr: noise > 0 ? 10 * Math.log10(signal / noise) : lo > 0 && lo === finite ? NaN : Infinity,
+    lossNoise: site.weights ? Math.sqrt(priced) : NaN,
+    room: site.amax > 0 ? Math.log2(fmt.max / site.amax) - k : Infinity,
+  };
+}
+
+// One word for an answer; WORDS is ordered from harmless to harmful.
+const WORDS = ["fits", "tight", "flushes", "may overflow", "overflows", "non-finite"];
+const WORD_CLASS = { "fits": "fits", "tight": "tight", "flushes": "flushes", "may overflow": "may", "overflows": "overflows", "non-finite": "broken" };
+
+function word(site, answer) {
+  if (site.nonfinite > 0) return "non-finite";
+  if (answer.overflowLo > 0) return "overflows";
+  if (answer.overflowHi > 0) return "may overflow";
+  if (answer.flushed > DATA.limits.flushed) return "flushes";
+  return answer.room < DATA.limits.room ? "tight" : "fits";
+}

@@ -1,0 +1,211 @@
+"""Bit-exact rounding of tensors to any binary floating-point format, on any device.
+
+The idea. Rounding to p significand bits is rounding to an integer once the value is divided by its own binade 2^e and
+multiplied by 2^p; where e lies below the smallest normal binade of the format, that binade is used instead, and
+subnormals need no case of their own. 2^e is the value's bit pattern with sign and significand masked off, so no
+logarithm is taken. Every step but the rounding multiplies or divides by a power of two and is exact, save where a value
+so far below the smallest subnormal that it counts as 0 anyway underflows.
+
+Scale. Rounding with scale 2^k is rounding to a format whose exponents all lie k lower, so nothing is multiplied by the
+scale and nothing can overflow on the way.
+
+Speed. On CPU a large tensor is worked through in pieces that stay in cache, so that a handful of operations cost about
+one pass over memory. Overflow is looked for with one read before anything is written. fp16 and bf16 in their plain form
+are torch's own casts, except from float64 (torch casts float64 to float16 through float32 and so rounds twice) and
+except under torch.compile, which removes such pairs of casts. There the same operations fuse into one kernel.
+
+The rules for NaN, inf, overflow, -0 and the three roundings are those of `reference`, the scalar twin.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import UsageError
+from .formats import FloatFormat, get_format
+from .reference import check_rounding, check_scale_exponent
+
+_CONTAINERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_CASTS = {get_format("fp16"): torch.float16, get_format("bf16"): torch.bfloat16}
+_PIECE = 2**18  # elements; three float32 buffers of that size stay in a second-level cache or close to it
+
+
+def quantize(
+    x: Tensor,
+    fmt: str | FloatFormat,
+    *,
+    rounding: str = "nearest_even",
+    saturate: bool = False,
+    scale_exponent: int = 0,
+    generator: torch.Generator | None = None,
+    straight_through: bool = False,
+) -> Tensor:
+    """What each value of `x` becomes when it is stored in `fmt` with scale 2^`scale_exponent`: the value times 2^k,
+    rounded to a value of `fmt`, times 2^-k. A new tensor with the shape, dtype and device of `x`.
+
+    x: float64, float32, float16 or bfloat16, of any shape and stride, on any device.
+    rounding: "nearest_even", "stochastic" (unbiased; exact to 2^-53 in probability) or "toward_zero".
+    saturate: overflow, inf included, gives the largest finite value; otherwise inf, or NaN where the format has no inf,
+        or still the largest finite value where it has neither (e3m2, e2m3, e2m1).
+    generator: where "stochastic" draws from, on the device of x. The same seed, shape and layout give the same result.
+    straight_through: the gradient passes unchanged. Otherwise the result is cut off from the graph.
+
+    The result is exact. Only where a value of the format lies beyond the range of x's dtype it is stored as that
+    dtype's inf: float16 65504 rounded to bf16 is 65536, which float16 cannot hold. NaN stays NaN for every format.
+
+    Raises FormatError for an unknown format; UsageError for another dtype, rounding, scale or device of the generator.
+    """
+    _check_tensor(x)
+    if generator is not None and generator.device.type != x.device.type:
+        raise UsageError(
+            f"generator is on {generator.device.type}, x on {x.device.type}; "
+            f"make it with torch.Generator(device={x.device.type!r})"
+        )
+    rounder = _rounder(get_format(fmt), check_rounding(rounding), bool(saturate), check_scale_exponent(scale_exponent))
+    if straight_through:
+        return _StraightThrough.apply(x, rounder, generator)
+    return _round(x.detach(), rounder, generator)
+
+
+def _check_tensor(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise UsageError(
+            f"quantize was given a {type(x).__name__}; it takes a torch tensor "
+            "(precscope.reference.quantize_scalar takes a float)"
+        )
+    if x.dtype not in _CONTAINERS or x.layout is not torch.strided:
+        raise UsageError(
+            f"quantize was given a tensor of {x.dtype}, layout {x.layout}; it takes dense tensors of "
+            f"{', '.join(str(d) for d in _CONTAINERS)}: convert with .float() or .to_dense()"
+        )
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Rounds forward; backward is the identity."""
+
+    @staticmethod
+    def forward(x: Tensor, rounder: _Rounder, generator: torch.Generator | None) -> Tensor:
+        return _round(x.detach(), rounder, generator)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        """Nothing to keep."""
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
+
+
+@dataclass(frozen=True)
+class _Rounder:
+    """One way of rounding. emin and max are those of the format shifted by the scale.
+
+    on_overflow: inf, nan, or None for the largest finite value. cast: the torch dtype whose cast does the same, if any.
+    """
+
+    rounding: str
+    precision: int
+    emin: int
+    max: float
+    on_overflow: float | None
+    signed_zero: bool
+    cast: torch.dtype | None
+
+    def working_dtype(self, container: torch.dtype) -> torch.dtype:
+        """float32 where it holds every value of the container and of the shifted format, else float64."""
+        fits = self.precision <= 23 and -126 <= self.emin <= 127 and self.max <= torch.finfo(torch.float32).max
+        return torch.float32 if fits and container is not torch.float64 else torch.float64
+
+
+def _rounder(fmt: FloatFormat, rounding: str, saturate: bool, scale_exponent: int) -> _Rounder:
+    emin = fmt.emin - scale_exponent
+    if fmt.precision == 52:
+        emin = max(emin, -1022)  # float64 holds no value finer than its own subnormals: nothing to round there
+    try:
+        largest = math.ldexp(fmt.max, -scale_exponent)
+    except OverflowError:
+        largest = math.inf  # no float64 is beyond it
+    if fmt.precision > 52 or not -1022 <= emin <= 1023 or (largest == math.inf and not fmt.has_inf):
+        raise UsageError(
+            f"{fmt} scaled by 2^{scale_exponent} reaches beyond float64, in which values are rounded; "
+            "choose a scale_exponent nearer to 0"
+        )
+    on_overflow = None
+    if not saturate and (fmt.has_inf or fmt.has_nan):
+        on_overflow = math.inf if fmt.has_inf else math.nan
+    plain = rounding == "nearest_even" and not saturate and scale_exponent == 0
+    cast = _CASTS.get(fmt) if plain else None
+    return _Rounder(rounding, fmt.precision, emin, largest, on_overflow, fmt.signed_zero, cast)
+
+
+def _round(x: Tensor, rounder: _Rounder, generator: torch.Generator | None) -> Tensor:
+    """Round `x`, which carries no graph: in one go, or on CPU in pieces that stay in cache."""
+    x = x.resolve_neg()
+    # Looping over pieces and looking at values need real memory: not while torch.compile traces, not on fake tensors.
+    host = x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    if not host or x.numel() <= _PIECE:
+        return _round_piece(x, rounder, generator, look=host)
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)  # memory order, so that channels_last stays as it is
+    if not x.permute(order).is_contiguous():
+        x, order = x.contiguous(), list(range(x.dim()))
+    out = torch.empty_like(x)
+    pieces_in, pieces_out = x.permute(order).view(-1).split(_PIECE), out.permute(order).view(-1).split(_PIECE)
+    for piece_in, piece_out in zip(pieces_in, pieces_out, strict=True):
+        piece_out.copy_(_round_piece(piece_in, rounder, generator, look=True))
+    return out
+
+
+def _round_piece(x: Tensor, rounder: _Rounder, generator: torch.Generator | None, *, look: bool) -> Tensor:
+    """Round `x` into a new tensor. look: values may be read on the host, to skip the marking of overflow."""
+    # torch.compile takes float32 -> float16 -> float32 for a detour and drops the rounding with it.
+    if rounder.cast is not None and x.dtype is not torch.float64 and not torch.compiler.is_compiling():
+        return x.to(rounder.cast, copy=True).to(x.dtype)
+    value = x.to(rounder.working_dtype(x.dtype))
+    limited = value
+    if rounder.on_overflow is None or rounder.rounding == "toward_zero":
+        limited = value.clamp(-rounder.max, rounder.max)
+    y = _round_to_grid(limited, rounder, generator)
+    if rounder.on_overflow is not None:
+        # Toward zero only inf itself is beyond; otherwise whatever was rounded to beyond max.
+        beyond = (value, torch.finfo(value.dtype).max) if rounder.rounding == "toward_zero" else (y, rounder.max)
+        mask = _beyond(*beyond, look=look)
+        if mask is not None:
+            y = torch.where(mask, value * rounder.on_overflow, y)  # inf with the sign of value, or NaN
+    if not rounder.signed_zero:
+        y = y.masked_fill_(y == 0, 0.0)
+    return y.to(x.dtype)
+
+
+def _round_to_grid(value: Tensor, rounder: _Rounder, generator: torch.Generator | None) -> Tensor:
+    """`value` (float32 or float64) rounded to `precision` bits with gradual underflow; no upper limit."""
+    bits, exponent_mask, top = (
+        (torch.int32, 0x7F800000, 127) if value.dtype is torch.float32 else (torch.int64, 0x7FF << 52, 1023)
+    )
+    binade = (value.view(bits) & exponent_mask).view(value.dtype).clamp_(2.0**rounder.emin, 2.0**top)
+    y = value.div(binade).mul_(2.0**rounder.precision)  # in ulps
+    if rounder.rounding == "nearest_even":
+        y.round_()
+    elif rounder.rounding == "toward_zero":
+        y.trunc_()
+    else:
+        toward_zero = y.trunc()
+        away = (
+            torch.rand(y.shape, dtype=torch.float64, device=y.device, generator=generator) < y.sub_(toward_zero).abs_()
+        )
+        y = toward_zero.add_(torch.copysign(away.to(value.dtype), value))
+    return y.mul_(2.0**-rounder.precision).mul_(binade)
+
+
+def _beyond(values: Tensor, limit: float, *, look: bool) -> Tensor | None:
+    """Where |values| > limit, or None where a look (one read, host only) finds nothing there; NaN is not beyond."""
+    if look:
+        least, most = torch.aminmax(values)
+        if least.item() >= -limit and most.item() <= limit:
+            return None
+    return values.abs() > limit

@@ -1,0 +1,280 @@
+"""A run directory: open formats, whole parts, no pickle.
+
+    run.json                 what ran; written first, updated at the end ("status": running, done or failed)
+    stats-000001.parquet     a row per (step, site): scalars, and the exponent histogram trimmed to its filled binades
+    graph.json               modules, parameters, FLOPs, producer -> consumer edges
+    cost.parquet             measured times per module and format
+    train.parquet            a row per training step
+
+Every part is written beside its final name and renamed over it, so a part is either complete or absent: a process
+killed at any moment leaves a directory that loads, with all that was flushed. Each file carries a schema number.
+On several processes, rank k > 0 writes below `rank-0000k/`; histograms add up, so a reader merges them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import RunDirectoryError, UsageError
+from .histogram import BINS, EXP_LO
+from .sites import Site
+from .stats import StatsTable
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SCHEMA = 1
+_META = {b"precscope.schema": str(SCHEMA).encode(), b"precscope.kind": b"stats"}
+
+
+def prepare_directory(out: str | Path, *, exist: str = "error") -> Path:
+    """Make the run directory `out` and prove that it can be written to.
+
+    exist: what to do with a run that is already there: "error" refuses, "overwrite" removes precscope's own files from
+    it (and nothing else), "append" keeps them and adds to them.
+    Raises RunDirectoryError where it cannot be made or written, UsageError where a run is there and exist="error".
+    """
+    if exist not in ("error", "overwrite", "append"):
+        raise UsageError(f"exist must be 'error', 'overwrite' or 'append', not {exist!r}")
+    path = Path(out)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise RunDirectoryError(
+            f"cannot write to {path} ({error.strerror or error}): choose another directory with out= (--out)"
+        ) from error
+    if (path / "run.json").exists():
+        if exist == "error":
+            raise UsageError(
+                f"{path} already holds a run: choose another directory, or pass exist='overwrite' (--overwrite)"
+            )
+        if exist == "overwrite":
+            _remove_run(path)
+    return path
+
+
+def _remove_run(path: Path) -> None:
+    patterns = ("stats-*.parquet", "ops-*.parquet", "train.parquet", "cost.parquet", "graph.json", "run.json")
+    for pattern in patterns:
+        for file in [*path.glob(pattern), *path.glob("rank-*/" + pattern)]:
+            file.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing(path: Path):
+    """Yield a temporary name beside `path`; rename it over `path` on success, remove it on failure.
+
+    Raises RunDirectoryError on any OSError (a full disk, a directory that vanished), leaving `path` as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise RunDirectoryError(
+            f"cannot write {path} ({error.strerror or error}): free space or choose another directory; "
+            "everything written before is intact"
+        ) from error
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` atomically as JSON. Values JSON cannot hold (inf, NaN) are written as strings."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def update_json(path: Path, content: dict[str, Any]) -> None:
+    """Merge `content` into the JSON object at `path` (its top-level keys win) and write it atomically."""
+    old: dict[str, Any] = {}
+    if path.exists():
+        with contextlib.suppress(ValueError, OSError):
+            old = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, {**old, **content})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not np.isfinite(value):
+        return str(value)
+    if isinstance(value, str | int | float | bool | type(None)):
+        return value
+    return str(value)
+
+
+def stats_schema() -> pa.Schema:
+    """Arrow schema of stats-*.parquet (schema number in its metadata)."""
+    import pyarrow as pa
+
+    integers = ("count", "zeros", "pos_inf", "neg_inf", "nan")
+    floats = ("amax", "amin_nonzero", "sum", "sumsq", "loss_scale")
+    text = pa.dictionary(pa.int32(), pa.string())
+    return pa.schema(
+        [
+            ("step", pa.int64()),
+            ("module", text),
+            ("role", text),
+            ("call", pa.int32()),
+            ("tensor", text),
+            ("source", text),
+            *((name, pa.int64()) for name in integers),
+            *((name, pa.float64()) for name in floats),
+            ("hist_lo", pa.int16()),
+            ("hist", pa.list_(pa.int64())),
+            ("ratio_lo", pa.int16()),
+            ("ratio", pa.list_(pa.int64())),
+            ("ratio_unchanged", pa.int64()),
+            ("ratio_from_zero", pa.int64()),
+        ],
+        metadata=_META,
+    )
+
+
+class StatsWriter:
+    """Writes stats-NNNNNN.parquet parts into a run directory.
+
+    A row's `ratio` columns hold, for role "update", the histogram of floor(log2|dw|) - floor(log2|w|).
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        taken = [int(p.stem.split("-")[1]) for p in directory.glob("stats-*.parquet")]
+        self._next = max(taken, default=0) + 1
+
+    def write(
+        self,
+        steps: np.ndarray,
+        sites: list[Site],
+        table: StatsTable,
+        loss_scale: np.ndarray,
+        ratios: dict[int, tuple[np.ndarray, int, int]],
+    ) -> Path | None:
+        """Write one part of len(sites) rows; None where there is nothing to write.
+
+        steps: int64[S]. table: the statistics, loss scale already divided out. loss_scale: float64[S], 1 where none.
+        ratios: row -> (histogram int64[BINS], elements that did not change, elements that left zero).
+        """
+        if not sites:
+            return None
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        lo, hist = _trim(table.counts)
+        ratio_rows = [ratios.get(i) for i in range(len(sites))]
+        trimmed = [_trim_one(r[0]) if r else None for r in ratio_rows]
+        columns: dict[str, Any] = {
+            "step": steps,
+            "module": [s.module for s in sites],
+            "role": [s.role.value for s in sites],
+            "call": [s.call for s in sites],
+            "tensor": [s.tensor for s in sites],
+            "source": [str(s) for s in table.source],
+            "count": table.count,
+            "zeros": table.zeros,
+            "pos_inf": table.pos_inf,
+            "neg_inf": table.neg_inf,
+            "nan": table.nan,
+            "amax": table.amax,
+            "amin_nonzero": table.amin_nonzero,
+            "sum": table.sum,
+            "sumsq": table.sumsq,
+            "loss_scale": loss_scale,
+            "hist_lo": lo,
+            "hist": hist,
+            "ratio_lo": [t[0] if t else None for t in trimmed],
+            "ratio": [t[1] if t else None for t in trimmed],
+            "ratio_unchanged": [r[1] if r else None for r in ratio_rows],
+            "ratio_from_zero": [r[2] if r else None for r in ratio_rows],
+        }
+        schema = stats_schema()
+        arrays = [
+            columns[f.name] if isinstance(columns[f.name], pa.Array) else _array(columns[f.name], f.type)
+            for f in schema
+        ]
+        path = self.directory / f"stats-{self._next:06d}.parquet"
+        with replacing(path) as temporary:
+            pq.write_table(pa.Table.from_arrays(arrays, schema=schema), temporary, compression="zstd")
+        self._next += 1
+        return path
+
+
+def _array(values: Any, kind: pa.DataType) -> pa.Array:
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        return pa.array(values, pa.string()).dictionary_encode()
+    return pa.array(values, kind)
+
+
+def _trim(counts: np.ndarray) -> tuple[np.ndarray, pa.Array]:
+    """Histograms int64[S, BINS] as (first filled binade int16[S], Arrow list<int64>[S] up to the last filled one)."""
+    import pyarrow as pa
+
+    filled = counts != 0
+    first = np.where(filled.any(1), filled.argmax(1), 0)
+    last = np.where(filled.any(1), BINS - filled[:, ::-1].argmax(1), 0)
+    column = np.arange(BINS)
+    values = counts[(column >= first[:, None]) & (column < last[:, None])]
+    offsets = np.concatenate([[0], np.cumsum(last - first)]).astype(np.int32)
+    return (first + EXP_LO).astype(np.int16), pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, pa.int64()))
+
+
+def _trim_one(counts: np.ndarray) -> tuple[int, list[int]]:
+    filled = np.flatnonzero(counts)
+    if not len(filled):
+        return EXP_LO, []
+    return int(filled[0]) + EXP_LO, counts[filled[0] : filled[-1] + 1].tolist()
+
+
+def expand(lo: np.ndarray, lists: pa.ListArray) -> np.ndarray:
+    """Inverse of the trimming: int64[S, BINS] from first binades int16[S] and Arrow lists. Null rows are empty."""
+    out = np.zeros((len(lists), BINS), np.int64)
+    offsets = lists.offsets.to_numpy()
+    lengths = np.diff(offsets)
+    values = lists.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
+    rows = np.repeat(np.arange(len(lists)), lengths)
+    within = np.arange(len(values)) - np.repeat(offsets[:-1] - offsets[0], lengths)
+    start = np.nan_to_num(np.asarray(lo, dtype=np.float64)).astype(np.int64) - EXP_LO
+    out[rows, np.repeat(start, lengths) + within] = values
+    return out
+
+
+def read_part(path: Path) -> pa.Table:
+    """Read one stats part. Raises RunDirectoryError where it is truncated, foreign or of a newer schema."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    advice = "move it away, or load with skip_damaged=True (--skip-damaged) to use the rest"
+    try:
+        table = pq.read_table(path, partitioning=None)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RunDirectoryError(f"{path} cannot be read ({first_line}): {advice}") from error
+    metadata = table.schema.metadata or {}
+    if metadata.get(b"precscope.kind") != b"stats":
+        raise RunDirectoryError(f"{path} was not written by precscope (no schema number in it): {advice}")
+    number = int(metadata[b"precscope.schema"])
+    if number > SCHEMA:
+        raise RunDirectoryError(f"{path} has schema {number}, this precscope reads up to {SCHEMA}: upgrade precscope")
+    return table

@@ -1,0 +1,139 @@
+"""Checkpoints: whole or absent, safe to load, and enough to go on bit for bit.
+
+`checkpoints/step-00000200.pt` holds what 200 optimizer steps left behind: model, optimizer, loss scale, and the states
+of all random generators. It is written beside its final name, synced and renamed, so a kill or a full disk leaves the
+previous one. It holds tensors, numbers, strings and plain containers only, and is loaded with weights_only=True: a
+checkpoint from elsewhere can run no code here. Each record's checksum is verified on loading; a damaged file is passed
+over for the one before it.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import RunDirectoryError
+from ..store import replacing
+
+SCHEMA = 1
+_NAME = re.compile(r"step-(\d{8,})\.pt")
+
+
+def checkpoints(out: str | Path) -> list[Path]:
+    """Checkpoints below the run directory `out`, newest first."""
+    folder = Path(out) / "checkpoints"
+    found = [p for p in folder.glob("step-*.pt") if _NAME.fullmatch(p.name)] if folder.is_dir() else []
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def save(out: str | Path, step: int, content: dict[str, Any], *, keep: int = 2) -> Path:
+    """Write the checkpoint after `step` optimizer steps and remove all but the newest `keep`.
+
+    content: nested dicts and lists of tensors, numbers and strings.
+    Raises RunDirectoryError where it cannot be written; the previous checkpoints are then all there.
+    """
+    path = Path(out) / "checkpoints" / f"step-{step:08d}.pt"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(f"cannot make {path.parent} ({error.strerror}): choose another directory") from error
+    with replacing(path) as temporary:
+        _write({"schema": SCHEMA, "step": step, **content}, temporary)
+    for old in [p for p in checkpoints(out) if _step_of(p) <= step][keep:]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Content of one checkpoint, tensors on the CPU.
+
+    Raises RunDirectoryError where it is missing, damaged, of a newer schema, or not a checkpoint of precscope.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise RunDirectoryError(f"{path} is damaged (checksum of {damaged} differs)")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except RunDirectoryError:
+        raise
+    except Exception as error:  # torch and zipfile raise many kinds for a damaged file
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise RunDirectoryError(f"{path} cannot be read as a checkpoint ({lines[0]:.120})") from error
+    if not isinstance(content, dict) or "schema" not in content or "step" not in content:
+        raise RunDirectoryError(f"{path} is not a checkpoint of precscope (it has no schema number)")
+    if content["schema"] > SCHEMA:
+        raise RunDirectoryError(f"{path} has schema {content['schema']}, this precscope reads up to {SCHEMA}: upgrade")
+    return content
+
+
+def latest(out: str | Path) -> dict[str, Any] | None:
+    """Content of the newest checkpoint that loads, None where there is none at all.
+
+    A damaged one is passed over with a RuntimeWarning that names it. Raises RunDirectoryError where all are damaged.
+    """
+    problems = []
+    for path in checkpoints(out):
+        try:
+            content = load(path)
+        except RunDirectoryError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            warnings.warn(f"{problem}: going on from {path.name}", RuntimeWarning, stacklevel=2)
+        return content
+    if problems:
+        raise RunDirectoryError(
+            f"no checkpoint in {Path(out) / 'checkpoints'} can be read ({problems[0]}): move them away to start anew"
+        )
+    return None
+
+
+def remove_all(out: str | Path) -> None:
+    """Remove the checkpoints below `out`."""
+    for path in checkpoints(out):
+        path.unlink(missing_ok=True)
+
+
+def random_states() -> dict[str, Any]:
+    """States of the global generators of torch (CPU and CUDA), numpy and random, as tensors and plain containers."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "python": list(random.getstate()),
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Inverse of random_states. CUDA states are set where as many devices are there."""
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    kind, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def _write(content: dict[str, Any], path: Path) -> None:
+    """torch.save, whose write errors keep their errno (through a path it reports all of them as RuntimeError)."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.split("-")[1])

@@ -1,0 +1,307 @@
+"""How precision enters training: one object, harmless no-ops by default, so that the loop has no `if fp16`.
+
+    Precision            what every precision shares: plain fp32 arithmetic, a step that is refused when not finite
+    |-- FullPrecision    fp32, with TF32 matrix products switched off; or on: "tf32"
+    |-- Autocast         torch.autocast of one dtype; with fp16 a loss scale
+    `-- Planned          a PrecisionPlan applied to the model; with fp16 anywhere in it a loss scale
+
+The order within a step is that of the loop: forward_context, backward, unscale, (clip,) step. Gradients are unscaled
+before anything looks at them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import PlanError, UsageError
+from ..formats import get_format
+from .halfmatmul import half_matmul_through_fp32, matmul_rates, needs_half_matmul
+
+if TYPE_CHECKING:
+    from ..plans import PrecisionPlan
+
+WORDS = ("fp32", "tf32", "bf16", "fp16")
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class LossScaler(torch.amp.GradScaler):
+    """A GradScaler whose scale and verdict can be read without waiting for the device."""
+
+    def current_scale(self) -> torch.Tensor:
+        """A copy of the loss scale: float32 scalar on the device."""
+        scale = self._get_scale_async()
+        assert scale is not None, "the scale exists from the first backward on"
+        return scale.detach().clone()
+
+    def found_nonfinite(self, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+        """Whether `unscale_` met an inf or NaN in this step's gradients: bool scalar on the device."""
+        found = self._found_inf_per_device(optimizer).values()
+        return torch.stack([f.to(self._device) for f in found]).sum() > 0
+
+    def prepare(self, device: torch.device) -> None:
+        """Create the scale on `device` now instead of at the first backward."""
+        self._device = device.type
+        if self._scale is None:
+            self._lazy_init_scale_growth_tracker(device)
+
+
+class Precision:
+    """fp32 arithmetic as the process has it. Subclasses change what they need to.
+
+    word: short name for tables. scaler: the loss scaler, None where no loss scale is needed. device: where it trains.
+    """
+
+    word = "fp32"
+    scaler: LossScaler | None = None
+    plan: PrecisionPlan | None = None
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """In force for the whole run: the plan's hooks, switches of the backends. Left as found, after errors too."""
+        yield
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """Around the forward pass and the loss."""
+        with nullcontext():
+            yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Gradients of the loss, times the loss scale where there is one."""
+        loss.backward()
+
+    def scale(self) -> torch.Tensor | None:
+        """The loss scale of the running step (a copy), None where there is none."""
+        return None
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the gradients by the loss scale."""
+
+    def step(self, optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> torch.Tensor:
+        """Step the optimizer if the gradients are `finite` (bool scalar), else leave weights and state alone.
+
+        On the CPU the verdict is read. Elsewhere it goes to the optimizer as a tensor where it takes one (fused
+        optimizers do, the same way GradScaler tells them), so that the host need not wait. Returns whether the step
+        was skipped: bool scalar.
+        """
+        skipped = ~finite
+        if self.device.type != "cpu" and getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.grad_scale, optimizer.found_inf = None, skipped.float()  # type: ignore[attr-defined]
+            try:
+                optimizer.step()
+            finally:
+                del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+        elif bool(finite):
+            optimizer.step()
+        return skipped
+
+    def describe(self) -> dict[str, Any]:
+        """What runs, for run.json: word, loss scaling, and notes in words."""
+        return {"word": self.word, "loss_scale": self._describe_scaler(), "notes": []}
+
+    def state_dict(self) -> dict[str, Any]:
+        """State for a checkpoint."""
+        return {"scaler": self.scaler.state_dict()} if self.scaler else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of state_dict; a run that changes precision starts with a fresh loss scale."""
+        if self.scaler and state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
+            self.scaler.prepare(self.device)
+
+    def _describe_scaler(self) -> dict[str, Any] | None:
+        if self.scaler is None:
+            return None
+        return {"initial": self.scaler.get_scale(), "growth_interval": self.scaler.get_growth_interval()}
+
+
+class FullPrecision(Precision):
+    """fp32 with IEEE matrix products ("fp32"), or with TF32 ones ("tf32", on NVIDIA GPUs since Ampere)."""
+
+    def __init__(self, device: torch.device, *, tf32: bool = False) -> None:
+        super().__init__(device)
+        self.word = "tf32" if tf32 else "fp32"
+        if tf32 and not (device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8):
+            raise UsageError(
+                f"precision 'tf32' needs an NVIDIA GPU of compute capability 8.0 or later, and this run is on "
+                f"{device.type}: use 'fp32' or 'bf16'"
+            )
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """Set the TF32 switches of cuBLAS and cuDNN (cuDNN's are on by default), and put them back."""
+        if self.device.type != "cuda":
+            yield
+            return
+        switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+        before = [switch.fp32_precision for switch in switches]
+        try:
+            for switch in switches:
+                switch.fp32_precision = "tf32" if self.word == "tf32" else "ieee"
+            yield
+        finally:
+            for switch, value in zip(switches, before, strict=True):
+                switch.fp32_precision = value
+
+
+class _Scaled(Precision):
+    """A precision that may have fp16 gradients: a loss scale, and fp16 matrix products through fp32 where needed."""
+
+    def __init__(self, device: torch.device, *, half: bool, initial_scale: float | None, growth_interval: int) -> None:
+        super().__init__(device)
+        self.through_fp32 = half and device.type == "cpu" and needs_half_matmul()
+        if half:
+            scale = 65536.0 if initial_scale is None else float(initial_scale)
+            self.scaler = LossScaler(device.type, init_scale=scale, growth_interval=growth_interval)
+            self.scaler.prepare(device)
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self.through_fp32:
+                stack.enter_context(half_matmul_through_fp32())
+            if self._autocast_dtype() is not None:
+                stack.enter_context(torch.autocast(self.device.type, dtype=self._autocast_dtype()))
+            yield
+
+    def _autocast_dtype(self) -> torch.dtype | None:
+        raise NotImplementedError
+
+    def backward(self, loss: torch.Tensor) -> None:
+        with half_matmul_through_fp32() if self.through_fp32 else nullcontext():
+            (self.scaler.scale(loss) if self.scaler else loss).backward()
+
+    def scale(self) -> torch.Tensor | None:
+        return self.scaler.current_scale() if self.scaler else None
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.scaler:
+            self.scaler.unscale_(optimizer)
+
+    def step(self, optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> torch.Tensor:
+        if self.scaler is None:
+            return super().step(optimizer, finite)
+        skipped = self.scaler.found_nonfinite(optimizer)
+        # a fused optimizer is called by GradScaler even to do nothing; on the CPU the verdict is at hand: do not call
+        if self.device.type != "cpu" or not bool(skipped):
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        return skipped
+
+    def describe(self) -> dict[str, Any]:
+        notes = []
+        if self.through_fp32:
+            half, single = matmul_rates()
+            notes.append(
+                "fp16 matrix products computed through fp32 on this CPU "
+                f"(native rate {half:.1f} GFLOP/s against {single:.0f})"
+            )
+        return {**super().describe(), "notes": notes}
+
+
+class Autocast(_Scaled):
+    """torch.autocast of fp16 or bf16: parameters stay fp32, PyTorch's lists decide what runs low."""
+
+    def __init__(
+        self, device: torch.device, dtype: str, *, initial_scale: float | None = None, growth_interval: int = 2000
+    ) -> None:
+        self.word, self.dtype = dtype, _DTYPES[dtype]
+        super().__init__(device, half=dtype == "fp16", initial_scale=initial_scale, growth_interval=growth_interval)
+
+    def _autocast_dtype(self) -> torch.dtype:
+        return self.dtype
+
+
+class Planned(_Scaled):
+    """A PrecisionPlan: applied to the model for the run, with a loss scale where the plan holds fp16.
+
+    Code of the task outside the model's modules, mostly the loss, runs as the plan's default says: under autocast of
+    the default's dtype where that is fp16 or bf16, so that losses are computed in fp32 as PyTorch's lists have it.
+    """
+
+    word = "plan"
+
+    def __init__(self, device: torch.device, plan: PrecisionPlan, model: nn.Module) -> None:
+        from ..recording.recorder import unwrap
+
+        self.plan = plan
+        layers = plan.resolve(name for name, _ in unwrap(model).named_modules())
+        half = "fp16" in {layer.compute for layer in layers.values()}
+        scale = plan.loss_scale
+        super().__init__(
+            device,
+            half=half,
+            initial_scale=scale.get("initial"),
+            growth_interval=scale.get("growth_interval", 2000),
+        )
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """Apply the plan, remove it on leaving."""
+        from ..applying import apply
+
+        assert self.plan is not None
+        handle = apply(self.plan, model)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _autocast_dtype(self) -> torch.dtype | None:
+        assert self.plan is not None
+        return _DTYPES.get(self.plan.default.compute)
+
+
+def make_precision(
+    word: str | None,
+    *,
+    plan: PrecisionPlan | None,
+    model: nn.Module,
+    device: torch.device,
+    initial_scale: float | None = None,
+    growth_interval: int = 2000,
+) -> Precision:
+    """The Precision for `word` ("fp32", "tf32", "bf16", "fp16") or for `plan`; fp32 where neither is given.
+
+    Raises UsageError on another word or on both, PlanError where the plan does not fit the model (on applying) or the
+    parameters are stored in fp16, whose gradients a loss scale cannot serve.
+    """
+    if plan is not None and word not in (None, "plan"):
+        raise UsageError(f"give a plan or precision={word!r}, not both: a plan says the precision of each module")
+    if plan is not None:
+        if plan.phases:
+            raise UsageError("this plan has phases; train each with plan.at_step(step), one run after the other")
+        return _checked(Planned(device, plan, model), model)
+    word = _normal(word or "fp32")
+    if word in ("fp32", "tf32"):
+        return FullPrecision(device, tf32=word == "tf32")
+    return _checked(Autocast(device, word, initial_scale=initial_scale, growth_interval=growth_interval), model)
+
+
+def _normal(word: str) -> str:
+    name = get_format(word).name
+    if name not in WORDS:
+        raise UsageError(
+            f"precision {word!r} is not one to train a whole model in; allowed: {', '.join(WORDS)}, or a plan "
+            "(plan=, --plan), which may name 8-bit formats per module"
+        )
+    return name
+
+
+def _checked(precision: Precision, model: nn.Module) -> Precision:
+    if precision.scaler is not None:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and parameter.dtype is torch.float16:
+                raise PlanError(
+                    f"parameter {name} is stored in fp16: with a loss scale, keep the parameters in fp32 "
+                    "(model.float()) and let autocast or the plan cast them"
+                )
+    return precision
