@@ -5,9 +5,10 @@
 
 How. Every module that has a forward gets an instance attribute `forward`, bound to the module (so that deepcopy binds
 the copy's to the copy). Classes, parameters and state_dict keys stay. Modules of equal precision that lie within each
-other form a *region*; the outermost one that is called sets the precision, those inside leave it alone. So a module's
-own `with torch.autocast(enabled=False)` keeps its meaning, and a module called past its parent's forward still runs as
-planned.
+other form a *region*; the outermost one that is called sets the autocast state, those inside leave it alone. So a
+module's own `with torch.autocast(enabled=False)` keeps its meaning, and a module called past its parent's forward still
+runs as planned. Outputs stay in the format they have: whoever takes them casts on entry, so that neighbours of equal
+precision exchange tensors without a cast.
 
     compute        within the region
     fp32, tf32     autocast off; low inputs cast up to fp32 (fp64 stays); tf32 sets the CUDA switch for the forward
@@ -16,7 +17,7 @@ planned.
     e4m3, e5m2     bf16, with the operands and output gradients of linear and convolution modules rounded: emulated
 
 Parameters are *stored* as the plan says: converted in place (`p.data`), the unrounded values kept aside. Where storage
-and compute differ, the forward sees cast tensors in place of the stored ones and autograd leads gradients back to those.
+and compute differ, the forward sees cast tensors in place of the stored ones; autograd leads gradients back to those.
 BatchNorm in fp32 storage stays fp32 inside low regions: its kernels take low inputs, and running statistics need it.
 
 Two threads must not run the forward of one planned model at once.
@@ -27,18 +28,20 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import itertools
 import types
+import weakref
 from collections import UserDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .errors import ModelError, PlanError
-from .fp8 import FakeQuantise, QuantiseGradient
+from .fp8 import fake_quantise, quantise_gradient
 from .plans import LayerPrecision, PrecisionPlan, casts
 
 __all__ = ["PlanHandle", "apply", "casts", "remove"]
@@ -156,11 +159,12 @@ def apply(plan: PrecisionPlan, model: nn.Module) -> PlanHandle:
     now = _Now()
     try:
         for module in layout.names:
-            setattr(module, _MARK, layout.spec(module, now))
+            module.__dict__[_MARK] = layout.spec(module, now)
         for owners, dtype in storage:
             _convert(owners, dtype)
+        layout.find_unlike()
         for module in layout.names:
-            getattr(module, _MARK).swap = layout.swap(module)
+            module.__dict__[_MARK].swap = layout.swap(module)
             if module in layout.planned:
                 _install(module)
     except BaseException:
@@ -211,7 +215,8 @@ class _Layout:
     """A plan spread over the modules of a model.
 
     names: module -> its names, parents before children. planned: modules that get a planned forward: those that have
-    a forward of their own. precision: module -> LayerPrecision. region: module -> number of its region.
+    a forward of their own. precision: module -> LayerPrecision; key: what of it makes modules run alike. region: module
+    -> number of its region.
     """
 
     def __init__(self, plan: PrecisionPlan, root: nn.Module) -> None:
@@ -225,13 +230,16 @@ class _Layout:
         plan.check(every)
         sources = plan.sources(every)
         self.precision = {m: self._agreed(names, sources) for m, names in self.names.items()}
+        self.key = {m: layer.precision for m, layer in self.precision.items()}
+        self.has_tf32 = any(layer.compute == "tf32" for layer in self.precision.values())
         self.region: dict[nn.Module, int] = {}
+        self._numbers = itertools.count()
         for module in self.names:
             self._region_of(module)
 
     def _walk(self, module: nn.Module, name: str, above: nn.Module | None) -> None:
         """above: the nearest module around this one that has a forward, through which it is normally called."""
-        if hasattr(module, _MARK):
+        if _MARK in module.__dict__:
             raise PlanError(f"a plan is applied to {name or 'this model'} already; remove it first (handle.remove())")
         if name not in self.names[module]:
             self.names[module].append(name)
@@ -263,35 +271,34 @@ class _Layout:
         """The region of the modules around it where they are all in one and of its precision, else a new one."""
         if module not in self.region:
             around = self.above[module]
-            number = len(self.region) and max(self.region.values()) + 1
-            if None not in around:
-                same = all(self.precision[a].precision == self.precision[module].precision for a in around)
-                regions = {self._region_of(a) for a in around}
-                number = regions.pop() if same and len(regions) == 1 else max(self.region.values()) + 1
+            same = all(a is not None and self.key[a] == self.key[module] for a in around)
+            regions = {self._region_of(a) for a in around if a is not None and same}
+            number = regions.pop() if len(regions) == 1 else next(self._numbers)
             self.region[module] = number
         return self.region[module]
 
     def spec(self, module: nn.Module, now: _Now) -> _Spec:
         layer = self.precision[module]
         kind, dtype = _kind(layer), _dtype(layer)
-        switched = any(p.compute == "tf32" for p in self.precision.values()) and kind == "fp32"
         return _Spec(
             kind=kind,
             dtype=dtype,
             fp8=layer.compute if layer.compute in ("e4m3", "e5m2") and _is_matmul(module) else None,
-            tf32=layer.compute == "tf32" if switched else None,
+            tf32=layer.compute == "tf32" if self.has_tf32 and kind == "fp32" else None,
             region=self.region[module],
             now=now,
             target=dtype if kind == "cast" else torch.float32,
         )
 
+    def find_unlike(self) -> None:
+        """Once storage is as planned: which modules hold tensors that are not stored as their forward needs them."""
+        self.unlike = {m for m, layer in self.precision.items() if _needs_swap(m, layer)}
+
     def swap(self, module: nn.Module) -> tuple[nn.Module, ...]:
-        """Modules of its precision in and under `module` with tensors that are not stored as its forward needs them."""
-        layer = self.precision[module]
-        if _kind(layer) == "autocast" and layer.params == "fp32":
+        """The unlike modules of its precision in and under `module`."""
+        if not self.unlike:
             return ()
-        same = [m for m in module.modules() if m in self.precision and self.precision[m].precision == layer.precision]
-        return tuple(m for m in same if _needs_swap(m, layer))
+        return tuple(m for m in module.modules() if self.key[m] == self.key[module] and m in self.unlike)
 
     def runs(self) -> list[RegionRun]:
         members: dict[int, list[nn.Module]] = defaultdict(list)
@@ -321,6 +328,8 @@ def _is_matmul(module: nn.Module) -> bool:
 
 
 def _needs_swap(module: nn.Module, layer: LayerPrecision) -> bool:
+    if _kind(layer) == "autocast" and layer.params == "fp32":
+        return False
     tensors = [t for table in _TABLES for t in getattr(module, table).values() if t is not None]
     tensors = [t for t in tensors if t.is_floating_point()]
     if _kind(layer) == "cast":
@@ -438,7 +447,7 @@ def _planned_forward(self, *args, **kwargs):
     spec, now = self._precscope_plan, self._precscope_plan.now
     around = now.region
     if around == spec.region:
-        if spec.kind != "cast" and spec.fp8 is None:
+        if spec.kind == "autocast" and spec.fp8 is None:
             return _own_forward(self, spec, args, kwargs)
         return _run(self, spec, args, kwargs)
     now.region = spec.region
@@ -473,44 +482,175 @@ def _run(module: nn.Module, spec: _Spec, args: tuple, kwargs: dict) -> Any:
     args, kwargs = _map(args, cast), _map(kwargs, cast)
     if not spec.swap and spec.fp8 is None:
         return _own_forward(module, spec, args, kwargs)
-    swapped: list[tuple[dict, str, Tensor, Tensor]] = []
+    swapped: list[_Swap] = []
     try:
         _swap_in(spec, swapped)
         if spec.fp8 is None:
             return _own_forward(module, spec, args, kwargs)
         weight = module._parameters["weight"]
-        rounded = FakeQuantise.apply(weight, spec.fp8)
-        swapped.append((module._parameters, "weight", weight, rounded))
+        rounded = fake_quantise(weight, spec.fp8)
+        swapped.append(_Swap(module._parameters, "weight", weight, rounded, None, merge=False))
         module._parameters["weight"] = rounded
-        args, kwargs = _map(args, partial(_round_input, fmt=spec.fp8)), _map(kwargs, partial(_round_input, fmt=spec.fp8))
-        return QuantiseGradient.apply(_own_forward(module, spec, args, kwargs))
+        round_input = partial(_round_input, fmt=spec.fp8)
+        args, kwargs = _map(args, round_input), _map(kwargs, round_input)
+        return quantise_gradient(_own_forward(module, spec, args, kwargs))
     finally:
         _swap_back(module, spec, swapped)
 
 
-def _swap_in(spec: _Spec, swapped: list[tuple[dict, str, Tensor, Tensor]]) -> None:
+class _Swap(NamedTuple):
+    """`seen` stands for `stored` in table[name] for a while. version: of `seen` at first, None where writes leave no
+    count. merge: writes to it are brought back."""
+
+    table: dict[str, Any]
+    name: str
+    stored: Tensor
+    seen: Tensor
+    version: int | None
+    merge: bool = True
+
+
+def _swap_in(spec: _Spec, swapped: list[_Swap]) -> None:
     """Put casts in place of what is not stored in the target dtype; nothing to do where a module around has done it."""
     doubles = spec.kind == "cast"
     for module in spec.swap:
         for table in (module._parameters, module._buffers):
             for name, tensor in list(table.items()):
                 if tensor is not None and _differs(tensor, spec.target, doubles=doubles):
-                    low = tensor.to(spec.target)
-                    swapped.append((table, name, tensor, low))
-                    table[name] = low
+                    seen = tensor.to(spec.target)
+                    swapped.append(_Swap(table, name, tensor, seen, _version(seen)))
+                    table[name] = seen
         if isinstance(module, nn.RNNBase):
             _refresh_flat_weights(module)
 
 
-def _swap_back(module: nn.Module, spec: _Spec, swapped: list[tuple[dict, str, Tensor, Tensor]]) -> None:
+def _version(tensor: Tensor) -> int | None:
+    """How often it was written to in place; None where that is not counted or cannot be looked at."""
+    return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+
+
+def _swap_back(module: nn.Module, spec: _Spec, swapped: list[_Swap]) -> None:
     """Put the stored tensors back, with what the forward wrote to its casts (running statistics, say)."""
-    for table, name, stored, seen in reversed(swapped):
-        now = table.get(name)
-        if now is seen:
-            _keep_writes(stored, seen, training=module.training)
-            table[name] = stored
+    for swap in reversed(swapped):
+        now = swap.table.get(swap.name)
+        if now is swap.seen:
+            swap.table[swap.name] = swap.stored
+            if swap.merge and _was_written(swap, training=module.training):
+                _merge(swap.stored, swap.seen)
         elif now is not None:  # assigned anew in the forward
-            table[name] = now if isinstance(now, nn.Parameter) else now.to(stored.dtype)
+            swap.table[swap.name] = now if isinstance(now, nn.Parameter) else now.to(swap.stored.dtype)
     for owner in spec.swap:
         if isinstance(owner, nn.RNNBase):
             _refresh_flat_weights(owner)
+
+
+def _was_written(swap: _Swap, *, training: bool) -> bool:
+    """Whether the forward wrote to what it saw. Writes through `.data` are not counted, so buffers are compared while
+    training. A compiled graph cannot look: there buffers always count as written, parameters never."""
+    if swap.version is not None and swap.seen._version > swap.version:
+        return True
+    if isinstance(swap.stored, nn.Parameter):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    compare = training or swap.version is None
+    return compare and not torch.equal(swap.seen, swap.stored.to(swap.seen.dtype))
+
+
+def _merge(stored: Tensor, seen: Tensor) -> None:
+    """Bring writes to `seen` back to `stored`; elements that were not written keep their full precision."""
+    with torch.no_grad():
+        unchanged = seen == stored.to(seen.dtype)
+        stored.copy_(torch.where(unchanged, stored, seen.to(stored.dtype)))
+
+
+def _refresh_flat_weights(module: nn.RNNBase) -> None:
+    """Recurrent modules keep a second list of their weights, and weak references to see that it is up to date."""
+    weights = [getattr(module, name, None) for name in module._flat_weights_names]
+    module._flat_weights = weights
+    if hasattr(module, "_flat_weight_refs"):
+        module._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]
+
+
+def _device_type(module: nn.Module, args: tuple, kwargs: dict) -> str:
+    """Device of the first tensor argument that is not on the CPU, else of the first parameter, else "cpu"."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.device.type not in ("cpu", "meta"):
+            return value.device.type
+    for parameter in module.parameters():
+        return "cpu" if parameter.device.type == "meta" else parameter.device.type
+    return "cpu"
+
+
+@contextmanager
+def _tf32(on: bool) -> Iterator[None]:
+    """The process-wide CUDA switches for TF32 matrix products, convolutions and recurrences, for a while."""
+    cudnn = torch.backends.cudnn
+    switches = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+    before = [s.fp32_precision for s in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "tf32" if on else "ieee"
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
+
+
+# Inputs
+
+
+def _cast_input(tensor: Tensor, *, kind: str, dtype: torch.dtype) -> Tensor:
+    if not tensor.is_floating_point() or tensor.dtype is dtype:
+        return tensor
+    if kind == "cast":
+        return tensor.to(dtype)
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def _round_input(tensor: Tensor, *, fmt: str) -> Tensor:
+    return fake_quantise(tensor, fmt) if tensor.is_floating_point() else tensor
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with `change` made to every tensor in it: nested tuples, lists, dicts, namedtuples and dataclasses.
+    What holds no tensor that changes is passed on as the same object, so that caches stay shared."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (dict, UserDict)):
+        changed = _changes(dict(value), change)
+        return _with_items(value, changed) if changed else value
+    if isinstance(value, (list, tuple)):
+        items = [_map(v, change) for v in value]
+        if all(new is old for new, old in zip(items, value, strict=True)):
+            return value
+        if isinstance(value, list):
+            return items if type(value) is list else _with_items(value, dict(enumerate(items)))
+        return type(value)._make(items) if hasattr(value, "_make") else type(value)(items)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changed = _changes({f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)}, change)
+        return _with_fields(value, changed) if changed else value
+    return value
+
+
+def _changes(items: dict[Any, Any], change: Callable[[Tensor], Tensor]) -> dict[Any, Any]:
+    """The items that change, as they become."""
+    mapped = {key: _map(item, change) for key, item in items.items()}
+    return {key: item for key, item in mapped.items() if item is not items[key]}
+
+
+def _with_items(value: Any, changed: dict[Any, Any]) -> Any:
+    if type(value) is dict:
+        return {**value, **changed}
+    value = copy.copy(value)
+    for key, item in changed.items():
+        value[key] = item
+    return value
+
+
+def _with_fields(value: Any, changed: dict[str, Any]) -> Any:
+    """A copy with other fields. Not dataclasses.replace, which calls the constructor and its checks again."""
+    value = copy.copy(value)
+    for key, item in changed.items():
+        object.__setattr__(value, key, item)
+    return value

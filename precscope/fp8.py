@@ -3,7 +3,8 @@
 Every tensor gets one power-of-two scale from its own amax, such that amax falls one binade below the largest of the
 format (head-room). Multiplying by a power of two is exact, so what is lost is what the format loses. Gradients pass the
 rounding of operands unchanged (straight-through); the gradient of the output is rounded to e5m2 (Micikevicius et al.
-2022, arXiv:2209.05433: e4m3 for weights and activations, e5m2 for gradients). No host sync; torch.compile can trace it.
+2022, arXiv:2209.05433: e4m3 for weights and activations, e5m2 for gradients). No host sync of its own. torch.compile
+takes each rounding as one opaque operation.
 """
 
 from __future__ import annotations
@@ -41,25 +42,24 @@ def _power_of_two(k: Tensor) -> Tensor:
     return ((k + 127) << 23).to(torch.int32).view(torch.float32)
 
 
-class FakeQuantise(torch.autograd.Function):
-    """Rounds forward (`round_scaled`), passes the gradient unchanged."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, fmt: str) -> Tensor:
-        return round_scaled(x, fmt)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+@torch.library.custom_op("precscope::fake_quantise", mutates_args=())
+def fake_quantise(x: Tensor, fmt: str) -> Tensor:
+    """`round_scaled` forward; the gradient passes unchanged."""
+    rounded, out = round_scaled(x, fmt), torch.empty_like(x)
+    return rounded if rounded.stride() == out.stride() else out.copy_(rounded)
 
 
-class QuantiseGradient(torch.autograd.Function):
-    """Passes forward unchanged, rounds the gradient to e5m2 (`round_scaled`)."""
+@torch.library.custom_op("precscope::quantise_gradient", mutates_args=())
+def quantise_gradient(x: Tensor) -> Tensor:
+    """A copy of `x` forward; the gradient is rounded to e5m2 (`round_scaled`)."""
+    return x.clone()
 
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.view_as(x)
 
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return round_scaled(grad, "e5m2")
+def _same_layout(x: Tensor, fmt: str = "") -> Tensor:
+    return torch.empty_like(x)
+
+
+fake_quantise.register_fake(_same_layout)
+fake_quantise.register_autograd(lambda ctx, grad: (grad, None))
+quantise_gradient.register_fake(_same_layout)
+quantise_gradient.register_autograd(lambda ctx, grad: fake_quantise(grad, "e5m2"))

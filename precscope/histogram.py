@@ -35,7 +35,9 @@ class RoundingTable:
     binade that holds the largest finite value. flushed, subnormal: share of the bin's values. error: mean squared
     rounding error of a value that stays in range (flushed ones included). flush_error: the part of `error` that comes
     from flushing. energy: mean square of a value. Errors and energies are in units before the scale, so that they
-    compare with the recorded sum of squares.
+    compare with the recorded sum of squares. first_cell: how wide an interval the source rounded to the
+    first point of the binade below the smallest subnormal, in steps of its grid: half a step above and, where the
+    source is normal, a quarter below.
     """
 
     overflows: NDArray[np.float64]
@@ -45,6 +47,7 @@ class RoundingTable:
     error: NDArray[np.float64]
     flush_error: NDArray[np.float64]
     energy: NDArray[np.float64]
+    first_cell: float
 
 
 def mean_square(points: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -82,12 +85,11 @@ def rounding_table(
     lowest = fmt.emin - fmt.precision - 1
     below, lowest_binade = binade < lowest, binade == lowest
 
-    coarser = ulp - step
-    ratio = np.exp2(np.maximum(coarser, 0).astype(float))  # N = 2^j
-    uniform = np.where(coarser >= 1, (1 + 2 / ratio**2) / 12, 0.0)
-    uniform = np.where(lowest_binade, (1 + 3 / ratio + 2 / ratio**2) / 12, uniform)
+    finer = np.exp2(-np.maximum(ulp - step, 0).astype(float))  # 1/N = 2^-j
+    uniform = np.where(finer < 1, (1 + 2 * finer**2) / 12, 0.0)
+    uniform = np.where(lowest_binade, (1 + 3 * finer + 2 * finer**2) / 12, uniform)
     energy = np.ldexp(mean_square(points), 2 * BINADES)
-    rounded = np.ldexp(uniform, 2 * (ulp - k))
+    rounded = np.ldexp(uniform, 2 * np.minimum(ulp - k, BINADES + 1))  # beyond that, all is flushed
     lowest_tie = np.where(lowest_binade, 1 / points, 0.0)  # the share of that binade that lies at exactly half an ulp
     return RoundingTable(
         overflows=(~in_range).astype(float),
@@ -97,6 +99,7 @@ def rounding_table(
         error=np.where(in_range, np.where(below, energy, rounded), 0.0),
         flush_error=np.where(below, energy, 0.0),
         energy=energy,
+        first_cell=0.75 if source is not None and lowest - k - source_exponent >= source.emin else 1.0,
     )
 
 
@@ -136,7 +139,8 @@ def answer(
     counts = counts.astype(float)
     finite = counts.sum(axis=1)
     lo, hi = _overflow_bounds(counts, amax, amin, fmt, scale_exponent, table)
-    flushed, subnormal = counts @ table.flushed, counts @ table.subnormal
+    ties = _more_ties(counts, fmt, scale_exponent, table)
+    flushed, subnormal = counts @ table.flushed + ties, counts @ table.subnormal - ties
     signal, noise = _signal_and_noise(counts, sumsq, lo, hi, fmt, table)
 
     # All magnitudes equal (a norm's initial weight, a mask): nothing is left to estimate.
@@ -145,7 +149,7 @@ def answer(
         lost, squared = _round_exactly(amax[alone], fmt, scale_exponent)
         in_range = np.where(hi[alone] == 0, finite[alone], 0.0)
         flushed[alone] = lost * in_range
-        subnormal[alone] = np.where(lost, 0.0, subnormal[alone])
+        subnormal[alone] = ~lost * in_range * (np.frexp(amax[alone])[1] - 1 + scale_exponent < fmt.emin)
         signal[alone] = in_range * amax[alone] ** 2
         noise[alone] = in_range * squared
 
@@ -161,6 +165,26 @@ def answer(
         "sqnr_db": sqnr,
         "loss_noise": np.full(len(counts), np.nan) if weights is None else np.sqrt(weights @ table.error),
     }
+
+
+def _more_ties(
+    counts: NDArray[np.float64], fmt: FloatFormat, k: int, table: RoundingTable
+) -> NDArray[np.float64] | float:
+    """How many values more than one in N lie at exactly half of the smallest subnormal and are flushed there.
+
+    The table spreads values evenly over the N points of their binade. Where the source's grid is coarse it matters
+    that small values are usually more frequent: here the density falls like x^-a, with r = 2^(1-a) the ratio of
+    neighbouring bins. The first of N points then has a share of 1 / (N (r - 1) / log2 r + (1 - r/2) / 2) of the
+    binade (Euler-Maclaurin), times the width of the interval that the source rounded to it.
+    """
+    column = fmt.emin - fmt.precision - 1 - k - EXP_LO
+    if not 0 < column < BINS - 1 or table.flushed[column] < 1e-6:
+        return 0.0
+    points = 1 / table.flushed[column]
+    ratio = np.sqrt((counts[:, column + 1] + 1) / (counts[:, column - 1] + 1)).clip(1 / 16, 16)
+    ratio = np.where(np.abs(ratio - 1) < 1e-6, 1 + 1e-6, ratio)  # the limit: a = 1
+    first = 1 / (points * (ratio - 1) / np.log2(ratio) + (1 - ratio / 2) / 2)
+    return counts[:, column] * (np.minimum(first * table.first_cell, 1.0) - 1 / points)
 
 
 def _overflow_bounds(
@@ -192,8 +216,9 @@ def _signal_and_noise(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Sum of squares and error power of the values that stay in range, in units before the scale.
 
-    Without overflow the recorded sum of squares is the signal. With it, the share of the energy that stays in range
-    is estimated from the bins, values spread evenly over each; the top binade then ends where overflow begins.
+    Without overflow the recorded sum of squares is the signal. With it, what stays in range is estimated from the
+    bins, values spread evenly over each (few large values can make up most of the recorded sum, so it says little
+    about the rest); the top binade then ends where overflow begins.
     """
     top = min(fmt.overflow_from / 2.0**fmt.emax, 2.0) - 1.0  # share of the top binade that stays finite
     top_energy = top * (1 + (1 + top) + (1 + top) ** 2) / 7  # and of its energy
@@ -202,10 +227,8 @@ def _signal_and_noise(
     kept = counts - counts * table.overflows
     energy = kept @ table.energy - np.where(cut, 1 - top_energy, 0.0) * (in_top @ table.energy)
     error = kept @ table.error - np.where(cut, 1 - top, 0.0) * (in_top @ table.error)
-    energy_all = counts @ table.energy
-    usable = np.isfinite(sumsq) & (sumsq > 0)  # squares of fp64 values can leave float64
-    signal = np.where(usable, sumsq, energy_all)
-    signal = np.where(cut, signal * energy / np.where(energy_all > 0, energy_all, 1.0), signal)
+    usable = ~cut & np.isfinite(sumsq) & (sumsq > 0)  # squares of fp64 values can leave float64
+    signal = np.where(usable, sumsq, energy)
     flush_error = counts @ table.flush_error
     error += np.minimum(flush_error, signal) - flush_error  # flushed values cannot lose more energy than there is
     return signal, np.where(lo == counts.sum(axis=1), 0.0, np.maximum(error, 0.0))

@@ -60,7 +60,7 @@ def train_recorded(task: Task, *, out: str | Path, every: int = 10, **settings: 
             trainer.model, out, optimizer=trainer.optimizer, scaler=trainer.scaler, every=every, on_error="raise",
             exist="append", info={"task": task.name},
         )  # fmt: skip
-        watch.flops = count_flops(watch.model, lambda: one_loss(task, trainer.device))
+        watch.flops = count_flops(watch.model, lambda: one_loss(task))
         return watch
 
     return train(task, out=out, recorder=recorder, **settings)
@@ -77,15 +77,13 @@ def measure_costs(
     if note is not None:
         note("measuring what each module costs in each format")
     model = unwrap(task.model)
-    device = next((p.device for p in model.parameters()), None)
     with preserved(model):
-        table = cost.measure(model, lambda: one_loss(task, device), formats)
+        table = cost.measure(model, lambda: one_loss(task), formats)
     cost.save(table, Path(out) / "cost.parquet")
 
 
-def one_loss(task: Task, device: torch.device | None) -> torch.Tensor:
-    """The loss on the task's first batch."""
+def one_loss(task: Task) -> torch.Tensor:
+    """The loss on the task's first batch, where the model is."""
     from .training.devices import to_device
 
-    batch = task.batch(0)
-    return task.loss(task.model, to_device(batch, device) if device is not None else batch)
+    return task.loss(task.model, to_device(task.batch(0), task.model))

@@ -92,6 +92,11 @@ class Task:
             self._reader = make_reader(self.batches, self.seed)
         return self._reader.at(step)
 
+    def reseed(self, seed: int) -> None:
+        """Order and augment `batches` by `seed` from now on, where they are an iterable."""
+        if seed != self.seed:
+            self.seed, self._reader = seed, None
+
     def evaluation(self, *, limit: int | None = None) -> Iterator[Any]:
         """The held-out batches, in order; at most `limit` (8 where eval_batches is a function, which has no end)."""
         source = self.eval_batches

@@ -45,8 +45,8 @@ def test_results_and_gradients_are_those_of_fp64_rounded_once(name):
     reference.backward(seed.double())
     assert out.dtype == torch.float16
     # one rounding: half an ulp of fp16, 2^-11 relative; attention's backward also starts from the rounded output
-    tolerance = dict(rtol=2**-9, atol=4e-3) if name == "attention" else dict(rtol=1.01 * 2**-11, atol=1e-5)
-    torch.testing.assert_close(out.double(), reference, **tolerance)
+    rtol, atol = (2**-9, 4e-3) if name == "attention" else (1.01 * 2**-11, 1e-5)
+    torch.testing.assert_close(out.double(), reference, rtol=rtol, atol=atol)
     for ours, theirs in zip(inputs, exact, strict=True):
         if theirs.grad is not None:
             assert ours.grad.dtype == torch.float16

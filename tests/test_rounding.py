@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import shutil
@@ -121,7 +122,7 @@ class Replay:
 @pytest.mark.parametrize("saturate", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_stochastic_rounding_equals_the_twin_draw_by_draw(fmt: str, saturate: bool, dtype: torch.dtype) -> None:
-    """Both compare the same uniform number with the same distance, so the results are equal, not only in distribution."""
+    """Both compare the same uniform number with the same distance: equal results, not only equal chances."""
     rng = np.random.default_rng(7)
     info = get_format(fmt)
     top = min(info.max, 1e30)
@@ -286,11 +287,13 @@ def test_torch_dtypes_and_own_formats_are_formats() -> None:
     assert quantize(torch.tensor([1.1, 1.2, 239.0, 240.0]), own).tolist() == [1.0, 1.25, 224.0, math.inf]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_value_beyond_the_container_is_its_inf(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "scale_exponent"), [(torch.float16, -9), (torch.bfloat16, -120)], ids=str)
+def test_a_value_beyond_the_container_is_its_inf(dtype: torch.dtype, scale_exponent: int) -> None:
+    """e4m3 with this scale reaches beyond the container, whose largest value rounds to the next power of two."""
     largest = torch.tensor(torch.finfo(dtype).max, dtype=dtype)
-    assert quantize(largest, "e4m3", scale_exponent=-120).isinf()  # the next value of the format is 2^(emax+1)
-    assert quantize(largest, "e4m3", scale_exponent=-120, rounding="toward_zero") < largest
+    assert quantize(largest, "e4m3", scale_exponent=scale_exponent) == math.inf
+    assert quantize(largest, "e4m3", scale_exponent=scale_exponent, rounding="toward_zero") < largest
+    assert quantize(-torch.full_like(largest, math.inf), "e4m3", scale_exponent=scale_exponent).isnan()
     assert quantize(torch.tensor(65504.0, dtype=torch.float16), "bf16").isinf()
 
 
@@ -426,17 +429,16 @@ def test_compiled_equals_eager(fmt: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("fmt", format_names())
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_cuda_equals_cpu(fmt: str, dtype: torch.dtype) -> None:
+def test_cuda_equals_cpu(fmt: str) -> None:
     rng = np.random.default_rng(1)
     spread = torch.from_numpy(rng.integers(0, 2**32, 2**20, dtype=np.uint32).view(np.int32)).view(torch.float32)
     dense = torch.randn(2**18) * 2.0 ** torch.randint(-30, 20, (2**18,))
-    x = torch.cat([spread, dense, torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan])]).to(dtype)
-    for rounding in ("nearest_even", "toward_zero"):
-        for saturate in (False, True):
-            for scale_exponent in (0, 7, -140):
-                options = {"rounding": rounding, "saturate": saturate, "scale_exponent": scale_exponent}
-                assert bits_equal(quantize(x.cuda(), fmt, **options).cpu(), quantize(x, fmt, **options)), options
+    values = torch.cat([spread, dense, torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan])])
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        x = values.to(dtype)
+        for rounding, saturate, k in itertools.product(("nearest_even", "toward_zero"), (False, True), (0, 7, -140)):
+            options = {"rounding": rounding, "saturate": saturate, "scale_exponent": k}
+            assert bits_equal(quantize(x.cuda(), fmt, **options).cpu(), quantize(x, fmt, **options)), (dtype, options)
 
 
 @pytest.mark.gpu

@@ -32,7 +32,10 @@ def make(**changes) -> Task:
         ({"model": lambda x: x}, r"Task\(model=...\) must be a torch.nn.Module, not function"),
         ({"loss": 3}, r"Task\(loss=...\) must be a function \(model, batch\), not int 3"),
         ({"after_step": "ema"}, r"Task\(after_step=...\) must be a function \(model, step\), not str 'ema'"),
-        ({"optimizer": "adam"}, r"Task\(optimizer=...\) must be None, a torch optimizer or a function .* not str 'adam'"),
+        (
+            {"optimizer": "adam"},
+            r"Task\(optimizer=...\) must be None, a torch optimizer or a function .* not str 'adam'",
+        ),
         ({"batches": []}, r"Task\(batches=...\) is empty; give a list of batches"),
         ({"batches": torch.ones(3)}, r"must be a list of batches, .* or a function step -> batch, not Tensor"),
         ({"batches": None}, r"Task\(batches=...\) must be a list of batches, .*, not None"),
@@ -210,7 +213,10 @@ def test_a_function_is_its_own_reference():
         ("{dir}/my_task.py:number", r"is int 3, not a function that returns a precscope.Task"),
         ("{dir}/my_task.py:wrong", r"my_task.py:wrong must return a precscope.Task, not Linear"),
         ("{dir}/my_task.py:broken", r"my_task.py:broken raised KeyError: .*no such data"),
-        ("no_such_module_here:make", r"cannot import the module 'no_such_module_here'; for a file write path/to/no_such"),
+        (
+            "no_such_module_here:make",
+            r"cannot import the module 'no_such_module_here'; for a file write path/to/no_such",
+        ),
         ("gtp", r"cannot read the task 'gtp' \(did you mean gpt\?\)"),
         ("", r"give path/to/file.py:function, module:function, or a bundled task \(gpt"),
     ],

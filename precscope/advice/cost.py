@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+_FLOPS, _BANDWIDTH, _CAST_BYTES = 1e12, 1e11, 6.0  # of the model: FLOP/s in fp32, byte/s, bytes per element cast
+_LAUNCH_MS = 0.005  # of one small operation beside the bytes it moves
 _AT_LEAST_S = 0.03
 _REPEATS = (2, 5)
 _SLOW_S = 0.25
@@ -36,13 +38,13 @@ _SLOW_S = 0.25
 class CostTable:
     """ms per unit and format (forward and backward of one pass), and of casting one element.
 
-    how: (unit, format) -> "measured", or "model" where no measurement exists.
+    how: (unit, format) -> "measured", "emulated" (not native here: no faster than fp32), or "model".
     """
 
     time_ms: dict[tuple[str, str], float]
     how: dict[tuple[str, str], str]
     cast_ms_per_element: float
-    cast_ms: float = 0.005
+    cast_ms: float = 0.0
 
     def cast(self, elements: int) -> float:
         """Cost of casting `elements` there and their gradient back, in ms."""
@@ -50,28 +52,39 @@ class CostTable:
 
     @classmethod
     def of(cls, table: pd.DataFrame | None, graph: ModelGraph, formats: Sequence[str]) -> CostTable:
-        """Measured where cost.parquet has the unit and format, modelled elsewhere."""
+        """Measured where cost.parquet has the unit and format; a format that it lacks is emulated on that device and
+        takes fp32's time; modelled where there is no measurement of the unit.
+
+        What a module with children does itself, beside them, is the difference of two large times: without FLOPs of
+        its own that difference is noise, and every format is given the least of them.
+        """
         time_ms: dict[tuple[str, str], float] = {}
         how: dict[tuple[str, str], str] = {}
-        cast = 1e-6
-        if table is not None:
-            cast = float(table.cast_ms_per_element.iloc[0]) if len(table) else cast
+        measured_any = table is not None and len(table) > 0
+        cast = _CAST_BYTES / _BANDWIDTH * 1e3
+        if measured_any:
+            cast = float(table.cast_ms_per_element.iloc[0])
             for row in table.itertuples():
                 time_ms[row.module, row.format] = row.time_ms
                 how[row.module, row.format] = "measured"
         for unit in graph.units:
+            measured = {f: time_ms[unit.name, f] for f in formats if (unit.name, f) in time_ms}
             for fmt in formats:
-                if (unit.name, fmt) not in time_ms:
-                    time_ms[unit.name, fmt] = _modelled(unit.flops, unit.elements, fmt)
-                    how[unit.name, fmt] = "model"
-        return cls(time_ms, how, cast)
+                key = unit.name, fmt
+                if not measured:
+                    time_ms[key], how[key] = _modelled(unit.flops, unit.elements, fmt), "model"
+                elif fmt not in measured:
+                    time_ms[key], how[key] = measured.get("fp32", max(measured.values())), "emulated"
+                elif not unit.leaf and not unit.flops:
+                    time_ms[key] = min(measured.values())
+        return cls(time_ms, how, cast, cast_ms=_LAUNCH_MS if measured_any else 0.0)
 
 
 def _modelled(flops: int, elements: int, fmt: str) -> float:
     """FLOP/byte model of a device whose low-precision units are twice as fast per halving of the width: relative costs
     only. Forward and backward: three times the forward's FLOPs, six passes over the output."""
     bytes_each = max(get_format(fmt).bits, 8) / 8
-    return (3 * flops * bytes_each / 4 / 1e12 + 6 * elements * bytes_each / 1e11) * 1e3
+    return (3 * flops * bytes_each / 4 / _FLOPS + 6 * elements * bytes_each / _BANDWIDTH) * 1e3
 
 
 def measure(

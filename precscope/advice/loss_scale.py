@@ -55,12 +55,10 @@ def site_bounds(
     lo = np.full(len(table.zeros), -_NEVER, np.int64)
     hi = np.full(len(table.zeros), _NEVER, np.int64)
     exponents = EXP_LO + np.arange(BINS)
-    energy = table.counts * (7 / 3) * np.exp2(2.0 * exponents)
-    total = energy.sum(1)
-    lost = np.cumsum(energy, axis=1)
-    for row in np.flatnonzero(total > 0):
+    at_most = np.cumsum(table.counts * np.exp2(2.0 * (exponents + 1)), axis=1)  # energy up to and with each binade
+    for row in np.flatnonzero(table.counts.any(1)):
         hi[row] = largest_scale(float(table.amax[row]), fmt) - headroom
-        kept_from = int(np.argmax(lost[row] > tolerance * total[row]))  # first binade that must survive
+        kept_from = int(np.argmax(at_most[row] > tolerance * table.sumsq[row]))  # first binade that must survive
         lo[row] = fmt.emin - fmt.precision - 1 - int(exponents[kept_from])
     return lo, hi
 

@@ -29,12 +29,14 @@ def recommend(
     formats: Sequence[str] = ("fp16", "bf16", "fp32"),
     policy: str = "autocast",
     limits: Limits | None = None,
+    costs: str = "auto",
 ) -> PrecisionPlan:
     """Recommend a format per module from a recorded run.
 
     formats: what may be chosen; fp32 is the way out where ranges forbid the others. policy: "autocast" (fp32 master
     weights, PyTorch's op lists decide inside) or "cast" (everything in the module runs in the format). limits:
-    tolerances of the range rules.
+    tolerances of the range rules. costs: "auto" takes what was measured on the recording device; "model" a FLOP/byte
+    model of a device where each halving of the width doubles the speed, fp8 included, for a plan to use elsewhere.
 
     The plan minimises predicted time per step: measured per module and format where the run has cost.parquet, else a
     FLOP and byte model, plus casts where neighbours differ. It is made from ranges and costs alone and says
@@ -45,10 +47,12 @@ def recommend(
     names = _check(formats, policy)
     graph = ModelGraph.of(profile)
     verdicts = judge(profile, graph, names, limits=limits, policy=policy)
-    costs = CostTable.of(profile.cost, graph, names)
-    solution = solve(_problem(graph, names, verdicts, costs))
+    if costs not in ("auto", "model"):
+        raise UsageError(f"costs must be 'auto' or 'model', not {costs!r}")
+    table = CostTable.of(profile.cost if costs == "auto" else None, graph, names)
+    solution = _solve(graph, names, verdicts, table)
     storage = _storage(profile, graph, limits) if policy == "cast" else {}
-    modules = {u.name: _layer(u, solution, names, verdicts, costs, policy, storage.get(u.name)) for u in graph.units}
+    modules = {u.name: _layer(u, solution, names, verdicts, table, policy, storage.get(u.name)) for u in graph.units}
     default = Counter(p.compute for p in modules.values()).most_common(1)[0][0]
     return PrecisionPlan(
         default=LayerPrecision(
@@ -56,11 +60,16 @@ def recommend(
         ),
         modules=modules,
         loss_scale=_loss_scale(verdicts, solution),
-        made_from=_made_from(profile, names, policy, limits, graph, solution, costs),
+        made_from=_made_from(profile, names, policy, limits, graph, solution, table),
     )
 
 
 _STORED = ("fp32", "bf16", "fp16")
+_HOW = {
+    "measured": "measured",
+    "emulated": "measured, emulated formats at fp32's time",
+    "model": "by the FLOP/byte model",
+}
 
 
 def _check(formats: Sequence[str], policy: str) -> tuple[str, ...]:
@@ -77,16 +86,46 @@ def _check(formats: Sequence[str], policy: str) -> tuple[str, ...]:
     return names
 
 
-def _problem(graph: ModelGraph, formats: tuple[str, ...], verdicts: Verdicts, costs: CostTable) -> Problem:
+def _solve(graph: ModelGraph, formats: tuple[str, ...], verdicts: Verdicts, costs: CostTable) -> Solution:
+    """One program for each 16-bit format as the main one, fp32 throughout as the measure, the cheapest of these.
+
+    Two 16-bit formats side by side cost casts, a loss scale and a reader's patience for gains that are mostly noise of
+    the measurement: the other one is admitted only where the main one is forbidden. Low precision must gain more than
+    two in a hundred over plain fp32.
+    """
+    mains = [f for f in formats if get_format(f).bits == 16]
+    solutions = [solve(_problem(graph, formats, main, verdicts, costs), costs.time_ms) for main in mains or formats[:1]]
+    best = min(solutions, key=lambda s: s.time_ms)
+    if mains and "fp32" in formats:
+        plain = solve(_problem(graph, ("fp32",), "fp32", verdicts, costs), costs.time_ms)
+        if plain.time_ms < 1.02 * best.time_ms:
+            return plain
+    return best
+
+
+def _problem(graph: ModelGraph, formats: tuple[str, ...], main: str, verdicts: Verdicts, costs: CostTable) -> Problem:
     index = {u.name: i for i, u in enumerate(graph.units)}
+    allowed = np.asarray([[verdicts.allows(u.name, f) for f in formats] for u in graph.units])
+    with_main = allowed[:, formats.index(main)]
+    rivals = np.asarray([f != main and get_format(f).bits == 16 for f in formats])
+    cost = np.asarray([[costs.time_ms[u.name, f] for f in formats] for u in graph.units])
     return Problem(
         units=[u.name for u in graph.units],
         formats=formats,
-        cost=np.asarray([[costs.time_ms[u.name, f] for f in formats] for u in graph.units]),
-        allowed=np.asarray([[verdicts.allows(u.name, f) for f in formats] for u in graph.units]),
+        cost=cost + _leaving(cost, formats.index(main), with_main),
+        allowed=allowed & ~(with_main[:, None] & rivals[None, :]),
         edges=[(index[e.producer], index[e.consumer], costs.cast(e.elements)) for e in graph.edges],
         groups=[[index[n] for n in group if n in index] for group in graph.groups],
     )
+
+
+def _leaving(cost: np.ndarray, main: int, with_main: np.ndarray) -> np.ndarray:
+    """What leaving the main format must gain before it is worth it: a tenth of the unit's time, and a five-hundredth of
+    the model's, which is about the noise of the measurement. float[U, F] in ms, 0 for the main format."""
+    threshold = 0.1 * cost[:, main] + cost[:, main].sum() / 500
+    penalty = np.where(with_main, threshold, 0.0)[:, None] * np.ones(cost.shape[1])
+    penalty[:, main] = 0.0
+    return penalty
 
 
 def _layer(
@@ -124,12 +163,15 @@ def _cost_reason(unit: Unit, compute: str, formats: tuple[str, ...], verdicts: V
     times = {f: costs.time_ms[unit.name, f] for f in allowed}
     if len(allowed) == 1:
         return Reason(code="only", text=f"{compute} is what remains", site=None, numbers={})
-    word = "measured" if costs.how[unit.name, compute] == "measured" else "by the FLOP/byte model"
+    word = _HOW[costs.how[unit.name, compute]]
     listed = ", ".join(f"{f} {times[f]:.3g}" for f in sorted(allowed, key=times.__getitem__))
     fastest = min(allowed, key=times.__getitem__)
-    text = f"{compute}: fastest allowed ({listed} ms per step, {word})"
-    if fastest != compute:
-        text = f"{compute}: no cast to its neighbours, which outweighs the difference ({listed} ms per step, {word})"
+    if times[compute] <= 1.02 * times[fastest]:
+        text = f"fastest allowed ({listed} ms, {word})"
+    elif compute == "fp32":
+        text = f"low precision does not gain enough here ({listed} ms, {word})"
+    else:
+        text = f"as its neighbours: {fastest} would gain less than its casts cost ({listed} ms, {word})"
     return Reason(code="cost", text=text, site=None, numbers={f"time_ms_{f}": t for f, t in times.items()})
 
 

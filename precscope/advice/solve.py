@@ -39,8 +39,13 @@ class Solution:
     casts: int
 
 
-def solve(problem: Problem, *, time_limit_s: float = 20.0) -> Solution:
-    """Solve the program. Raises UsageError where a unit has no allowed format or a group no common one."""
+def solve(
+    problem: Problem, time_ms: Mapping[tuple[str, str], float] | None = None, *, time_limit_s: float = 20.0
+) -> Solution:
+    """Solve the program. time_ms: (unit, format) -> predicted time, where `problem.cost` holds more than that.
+
+    Raises UsageError where a unit has no allowed format or a group no common one.
+    """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import coo_array
 
@@ -67,9 +72,10 @@ def solve(problem: Problem, *, time_limit_s: float = 20.0) -> Solution:
     chosen = result.x[: u * f].reshape(u, f).argmax(1)
     choice = {name: problem.formats[c] for name, c in zip(problem.units, chosen, strict=True)}
     differ = [chosen[a] != chosen[b] for a, b, _ in problem.edges]
-    time = problem.cost[np.arange(u), chosen].sum() + sum(
-        ms for (_, _, ms), d in zip(problem.edges, differ, strict=True) if d
+    units = (
+        problem.cost[np.arange(u), chosen].sum() if time_ms is None else sum(time_ms[pair] for pair in choice.items())
     )
+    time = units + sum(ms for (_, _, ms), d in zip(problem.edges, differ, strict=True) if d)
     return Solution(choice, float(time), int(sum(differ)))
 
 

@@ -70,11 +70,15 @@ class SlotBuffer:
 
     def __init__(self, device: str | torch.device, capacity: int = 256, *, backend: Backend = "auto") -> None:
         """device: where the tensors will be. capacity: rows to begin with (2.3 kB each)."""
-        self.device = torch.device(device)
-        self._kernels = _load(backend, self.device.type)
+        device = torch.device(device)
+        if device.type == "meta":
+            raise UsageError("a tensor on device meta has no values to reduce: give it a real device first")
+        self._kernels = _load(backend, device.type)
         # Where there is no float64 (Apple's GPUs) tensors are reduced on the host.
-        self._home = torch.device("cpu") if self.device.type == "mps" else self.device
-        self._rows = reference.new_rows(capacity, self._home)
+        self._travels = device.type == "mps"
+        self._rows = reference.new_rows(capacity, torch.device("cpu") if self._travels else device)
+        self._home = self._rows.device
+        self.device = device if self._travels else self._home
         self._source = [NOTHING] * capacity
         self._exponent = [0] * capacity
 
@@ -159,9 +163,7 @@ class SlotBuffer:
 
     def _accumulate_unusual(self, slot: int, x: Tensor, multiplier: float) -> None:
         """Sparse tensors, fp8, and tensors of another device than the rows."""
-        if x.device.type == "meta":
-            raise UsageError("a tensor on device meta has no values: give it a real device first")
-        if x.device != self._home and self._home == self.device:
+        if x.device != self._home and not self._travels:
             raise UsageError(f"this buffer is on {self.device}, the tensor on {x.device}: use a buffer per device")
         source = _WIDENED.get(x.dtype)
         x = x.detach()

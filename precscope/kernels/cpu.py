@@ -32,6 +32,11 @@ from ..histogram import BINS, EXP_LO
 from . import openmp, reference
 from .reference import AMAX, AMIN, INF_BITS, NAN, NEG_INF, POS_INF, SUM, SUMSQ, WIDTH, ZEROS
 
+if nb.config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT is set")
+
+# One file on purpose: numba recompiles cached code when this file changes, not when one that it imports does.
+
 BLOCK = 4096  # elements: 16 KiB of fp32
 CHUNK = 32768  # elements between two foldings of the exponent tables; the unit of work of a thread
 PARALLEL_FROM = 65536  # elements from which a second thread pays

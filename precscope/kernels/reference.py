@@ -108,7 +108,7 @@ def _accumulate(row: Tensor, x: Tensor, k: int) -> None:
 
 
 def _binade(x: Tensor) -> Tensor:
-    """floor(log2|x|) of float64 values, int64, from their bits; -1023 for zeros and fp64 subnormals, 1024 for inf, nan."""
+    """floor(log2|x|) of float64 values, int64, from bits; -1023 for zeros and fp64 subnormals, 1024 for inf, nan."""
     return ((x.view(torch.int64) >> 52) & 0x7FF) - 1023
 
 

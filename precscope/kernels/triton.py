@@ -18,7 +18,7 @@ from . import reference
 
 INTERPRETED = triton.knobs.runtime.interpret
 
-_BLOCK = 4096  # elements per block
+_BLOCK, _WARPS = 2048, 8  # 8 elements per thread: what is kept per element fits in registers
 _PROGRAMS_PER_SM = 4
 _HISTOGRAM = 512  # power of two above the columns of counts
 _KIND = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -26,12 +26,13 @@ _KIND = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3
 
 @triton.jit
 def _widen(x, kind: tl.constexpr):
-    """A block as fp32, or as fp64 if it is: exact. bf16 is the upper half of fp32 (a conversion may lose subnormals)."""
+    """A block as fp32, or as fp64 if it is: exact. bf16 is the upper half of fp32, subnormals too."""
     if kind == 1:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    if kind == 2:
+    elif kind == 2:
         return x.to(tl.float32)
-    return x
+    else:
+        return x
 
 
 @triton.jit
@@ -51,9 +52,9 @@ def _binade(x, kind: tl.constexpr):
     return tl.where(bits == 0, -2000, binade)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slot", "k"])
 def _accumulate_kernel(
-    rows, x_pointer, n, slot, k, scale,
+    rows, x_pointer, n, slot, k,
     kind: tl.constexpr, block: tl.constexpr, histogram: tl.constexpr, bins: tl.constexpr, exp_lo: tl.constexpr,
     width: tl.constexpr,
 ):  # fmt: skip
@@ -83,15 +84,16 @@ def _accumulate_kernel(
     row = rows + slot.to(tl.int64) * width
     columns = tl.arange(0, histogram)
     tl.atomic_add(row + columns, counts.to(tl.int64), mask=(columns < bins + 4) & (counts > 0))
+    scale = ((k.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)  # 2^k
     # positive floats order like their bits
     tl.atomic_max(row + bins + 4, (tl.max(largest) * scale).to(tl.int64, bitcast=True))
     tl.atomic_min(row + bins + 5, (tl.min(smallest) * scale).to(tl.int64, bitcast=True))
-    numbers = row.to(tl.pointer_type(tl.float64))
+    numbers = row.to(tl.pointer_type(tl.float64), bitcast=True)
     tl.atomic_add(numbers + bins + 6, tl.sum(total) * scale)
     tl.atomic_add(numbers + bins + 7, tl.sum(squares) * scale * scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slot"])
 def _ratio_kernel(
     rows, before_pointer, step_pointer, n, slot,
     kind: tl.constexpr, block: tl.constexpr, histogram: tl.constexpr, bins: tl.constexpr, exp_lo: tl.constexpr,
@@ -120,7 +122,7 @@ def accumulate(rows: Tensor, slot: int, x: Tensor, k: int = 0) -> None:
     x = reference.flat(x.detach())
     if x.numel():
         with _on(x.device):
-            _accumulate_kernel[_grid(x)](rows, x, x.numel(), slot, k, 2.0**k, kind=_KIND[x.dtype], **_CONSTANTS)
+            _accumulate_kernel[_grid(x)](rows, x, x.numel(), slot, k, kind=_KIND[x.dtype], **_CONSTANTS, **_OPTIONS)
 
 
 def accumulate_update(rows: Tensor, slot: int, ratio_slot: int, before: Tensor, after: Tensor) -> None:
@@ -133,9 +135,12 @@ def accumulate_update(rows: Tensor, slot: int, ratio_slot: int, before: Tensor, 
     accumulate(rows, slot, step)
     if step.numel():
         with _on(step.device):
-            _ratio_kernel[_grid(step)](rows, before, step, step.numel(), ratio_slot, kind=_KIND[wide], **_CONSTANTS)
+            _ratio_kernel[_grid(step)](
+                rows, before, step, step.numel(), ratio_slot, kind=_KIND[wide], **_CONSTANTS, **_OPTIONS
+            )
 
 
+_OPTIONS = {"num_warps": _WARPS, "enable_fp_fusion": True}
 _CONSTANTS = {"block": _BLOCK, "histogram": _HISTOGRAM, "bins": BINS, "exp_lo": EXP_LO, "width": reference.WIDTH}
 
 

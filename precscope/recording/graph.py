@@ -3,10 +3,11 @@
     {"schema": 1,
      "modules": [{"name", "type", "parent", "params", "own_params", "calls", "elements", "flops", "leaf"}],
      "parameters": [{"name", "shape", "dtype", "requires_grad", "owners"}],
-     "edges": [{"producer", "consumer", "elements", "dtype"}]}
+     "edges": [{"producer", "consumer", "elements"}]}
 
 `flops` are those of one forward pass spent in the module itself, children not counted: 0 where not measured.
-`elements` is the size of the largest output. `producer` is the innermost module in which the tensor came to be.
+`elements` is the size of the largest output. `producer` is the innermost module in which the tensor came to be,
+`consumer` a module that took it as input, or, where none did, the one whose own code received it.
 """
 
 from __future__ import annotations
@@ -35,9 +36,7 @@ def describe(watcher: Watcher, flops: dict[str, int] | None = None, passes: int 
         }
         for tensor, sites in watcher.owners.items()
     ]
-    edges = [
-        {"producer": a, "consumer": b, "elements": n, "dtype": dtype} for (a, b), (n, dtype) in watcher.edges.items()
-    ]
+    edges = [{"producer": a, "consumer": b, "elements": n} for (a, b), n in watcher.edges.items()]
     return {"schema": SCHEMA, "modules": modules, "parameters": parameters, "edges": edges}
 
 

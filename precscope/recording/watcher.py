@@ -26,15 +26,17 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn
 class _Seen:
     """A tensor that was met in the current pass."""
 
-    __slots__ = ("consumed", "grad_sites", "producer", "ref", "slot", "version")
+    __slots__ = ("consumed", "elements", "grad_sites", "producer", "ref", "returned_to", "slot", "version")
 
     def __init__(self, x: torch.Tensor, slot: Slot | None, producer: str) -> None:
         self.ref = weakref.ref(x)
         self.version = _version(x)
         self.slot = slot
         self.producer = producer
+        self.elements = x.numel()
         self.grad_sites: list[Site] | None = None
-        self.consumed = False
+        self.consumed = False  # by a module, as an input
+        self.returned_to: str | None = None  # the module whose own code took it last
 
     def is_same(self, x: torch.Tensor) -> bool:
         return self.ref() is x and self.version == _version(x)
@@ -67,7 +69,7 @@ class Watcher:
         self.model = model
         self.names = watched_modules(model)
         self.owners = parameter_owners(self.names)
-        self.edges: dict[tuple[str, str], tuple[int, str]] = {}
+        self.edges: dict[tuple[str, str], int] = {}
         self.calls: Counter[str] = Counter()
         self.elements: dict[str, int] = {}
         self._observations = observations
@@ -115,6 +117,9 @@ class Watcher:
         self._begin_pass()
 
     def _begin_pass(self) -> None:
+        for seen in self._seen.values():
+            if seen.returned_to is not None and not seen.consumed:
+                self._add_edge(seen, seen.returned_to)
         self._seen.clear()
         self._counts.clear()
         self._stack.clear()
@@ -133,7 +138,8 @@ class Watcher:
         for path, x in call_tensors(args, kwargs):
             seen = self._see(x, Site(name, Role.INPUT, call, path), recompute)
             if seen is not None and not recompute:
-                self._add_edge(seen, name, x)
+                seen.consumed = True
+                self._add_edge(seen, name)
         self._stack.append((name, call))
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -148,8 +154,10 @@ class Watcher:
         if not recompute:
             self.calls[name] += 1
         for path, x in named_tensors(output):
-            self._see(x, Site(name, Role.OUTPUT, call, path), recompute)
+            seen = self._see(x, Site(name, Role.OUTPUT, call, path), recompute)
             if not recompute:
+                if seen is not None and self._stack:
+                    seen.returned_to = self._stack[-1][0]
                 self.elements[name] = max(self.elements.get(name, 0), x.numel())
 
     def _gradient(self, sites: list[Site], gradient: torch.Tensor) -> None:
@@ -208,11 +216,10 @@ class Watcher:
         seen = self._seen.get(id(x))
         return seen if seen is not None and seen.is_same(x) else None
 
-    def _add_edge(self, seen: _Seen, consumer: str, x: torch.Tensor) -> None:
+    def _add_edge(self, seen: _Seen, consumer: str) -> None:
         if seen.producer != consumer:
             key = (seen.producer, consumer)
-            elements = max(x.numel(), self.edges.get(key, (0, ""))[0])
-            self.edges[key] = (elements, str(x.dtype).removeprefix("torch."))
+            self.edges[key] = max(seen.elements, self.edges.get(key, 0))
 
     def _record_weights(self) -> None:
         assert self._step is not None

@@ -25,7 +25,7 @@ from ..histogram import BINS, EXP_LO
 from ..profiles import Profile
 from ..sites import Role
 from . import numbers
-from .view import SiteRow, View, build_view
+from .view import SiteRow, View, build_view, group_rows
 
 if TYPE_CHECKING:
     from ..plans import PrecisionPlan
@@ -63,7 +63,9 @@ def save(text: str, out: str | Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunDirectoryError(f"cannot write {path} ({error.strerror or error}): choose another file with out= (--out)") from error
+        raise RunDirectoryError(
+            f"cannot write {path} ({error.strerror or error}): choose another file with out= (--out)"
+        ) from error
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
@@ -74,13 +76,14 @@ def render(view: View) -> str:
     from markupsafe import Markup
 
     script = _script()
-    kept = [row for row in view.plan if not row.low]
+    groups = group_rows(view.plan)
     return _template().render(
         view=view,
         counted=any(row.flops_share for row in view.plan),
         modules_in=Counter(row.compute for row in view.plan),
-        kept=kept,
-        lowered=[row for row in view.plan if row.low],
+        kept=[group for group in groups if not group.low],
+        lowered=[group for group in groups if group.low],
+        low_modules=sum(row.low for row in view.plan),
         version=__version__,
         css=Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8")),
         script=Markup(script),
@@ -94,9 +97,13 @@ def _template() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    for name in ("number", "percent", "bytes_text", "count_text", "plural"):
+    for name in ("number", "figure", "percent", "raised", "bytes_text", "count_text", "plural"):
         environment.filters[name] = getattr(numbers, name)
     return environment.get_template("report.html.j2")
 
@@ -105,7 +112,8 @@ def _script() -> str:
     """All scripts of the page in one function scope; line endings as the browser will hash them."""
     parts = [(_TEMPLATES / name).read_text(encoding="utf-8").replace('"use strict";\n', "") for name in _SCRIPTS]
     body = "\n".join(parts).replace("\r\n", "\n")
-    return f'(() => {{\n"use strict";\nconst DATA = JSON.parse(document.getElementById("data").textContent);\n{body}\n}})();\n'
+    data = 'const DATA = JSON.parse(document.getElementById("data").textContent);'
+    return f'(() => {{\n"use strict";\n{data}\n{body}\n}})();\n'
 
 
 def embed(content: Any) -> str:
@@ -150,8 +158,8 @@ def _format(name: str) -> dict[str, Any]:
     """A format as the scripts use it; those of no use as an answer (fp64) only place the grid of what was recorded."""
     fmt = get_format(name)
     return {
-        "offered": fmt.bits <= 32, "name": fmt.name, "p": fmt.precision, "emin": fmt.emin, "emax": fmt.emax, "max": fmt.max,
-        "overflowFrom": _finite(fmt.overflow_from), "atMidpoint": fmt.overflow_at_midpoint,
+        "name": fmt.name, "p": fmt.precision, "emin": fmt.emin, "emax": fmt.emax, "max": fmt.max,
+        "offered": fmt.bits <= 32, "overflowFrom": _finite(fmt.overflow_from), "atMidpoint": fmt.overflow_at_midpoint,
     }  # fmt: skip
 
 

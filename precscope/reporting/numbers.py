@@ -7,6 +7,7 @@ JavaScript's toPrecision does.
 from __future__ import annotations
 
 import math
+import re
 from decimal import ROUND_HALF_UP, Decimal
 
 MISSING = "–"
@@ -47,6 +48,15 @@ def _scientific(a: float) -> str:
     return f"{mantissa.rstrip('0').rstrip('.')}e{exponent}"
 
 
+def figure(x: float | None) -> str:
+    """Four significant digits, trailing zeros kept, so that figures of one column line up: 1.9 -> "1.900"."""
+    if x is None or not math.isfinite(x) or not 1e-3 <= abs(x) < 1e4:
+        return number(x)
+    d = Decimal(abs(x))
+    text = format(d.quantize(Decimal(1).scaleb(d.adjusted() - 3), ROUND_HALF_UP), "f")
+    return ("-" if x < 0 else "") + text
+
+
 def percent(share: float | None) -> str:
     """A share as percent without the sign: 0.1234567 -> "12.35"."""
     return number(None if share is None else 100 * share)
@@ -74,6 +84,14 @@ def power_of_two(x: float | None) -> str:
         return number(x)
     mantissa, exponent = math.frexp(x)
     return f"2^{exponent - 1}" if mantissa == 0.5 else number(x)
+
+
+def raised(text: str) -> str:
+    """2^-14 within `text` as 2 with a raised -14, for pages; plain text keeps the caret."""
+    return re.sub(r"(?<![\w.])2\^(-?\d+)\b", lambda m: "2" + m[1].translate(_RAISED), text)
+
+
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def bytes_text(n: float | None) -> str:

@@ -13,7 +13,19 @@ if TYPE_CHECKING:
 
 Pairs = tuple[tuple[str, str], ...]
 
-_RUN = ("task", "model", "parameters", "precision", "status", "error", "seed", "seeds", "started", "finished", "command")
+_RUN = (
+    "task",
+    "model",
+    "parameters",
+    "precision",
+    "status",
+    "error",
+    "seed",
+    "seeds",
+    "started",
+    "finished",
+    "command",
+)
 _MACHINE = ("device", "device_name", "threads", "precscope", "torch", "python")
 _HIDDEN = ("pid", "schema", "result", "rank")
 
@@ -35,7 +47,11 @@ def provenance(profile: Profile, plan: PrecisionPlan | None) -> tuple[tuple[str,
     sections.append(("Recording", tuple(_flat(rest))))
     if plan is not None:
         sections.append(("Plan made from", tuple(_flat(dict(plan.made_from or {})))))
-    schemas = [("run.json", profile.run.get("schema")), ("stats parts", SCHEMA), ("graph.json", profile.graph.get("schema"))]
+    schemas = [
+        ("run.json", profile.run.get("schema")),
+        ("stats parts", SCHEMA),
+        ("graph.json", profile.graph.get("schema")),
+    ]
     if plan is not None:
         schemas.append(("plan.json", getattr(plan, "schema_number", None) or getattr(plan, "schema", None)))
     known = tuple((k, str(v)) for k, v in schemas if isinstance(v, int | str))

@@ -1,9 +1,8 @@
-"""The verdict in plain sentences with numbers: what runs low, what does not and why, what it gained, what to do next."""
+"""The verdict in plain sentences with numbers: what runs low, what does not and why, the gain, what to do next."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ import numpy as np
 from ..formats import FloatFormat, get_format
 from ..profiles import Profile
 from ..sites import Site
-from .numbers import bytes_text, count_text, fixed, number, percent, plural, power_of_two
-from .view import FORWARD, GRADIENTS, Fact, PlanRow, Statement
+from .numbers import bytes_text, count_text, figure, fixed, number, percent, plural, power_of_two
+from .view import FORWARD, GRADIENTS, Fact, PlanRow, Statement, group_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,7 +96,7 @@ def subtitle(profile: Profile) -> str:
         parts.append(f"trained in {run['precision']}")
     if run.get("parameters"):
         parts.append(f"{count_text(run['parameters'])} parameters")
-    parts.append(f"{plural(len(steps), 'step')} recorded" + (f" of {steps[0]} to {steps[-1]}" if steps else ""))
+    parts.append(f"{plural(len(steps), 'step')} recorded" + (f", from {steps[0]} to {steps[-1]}" if steps else ""))
     parts.append(f"{plural(len(profile.modules), 'module')}")
     parts.append(str(run.get("device_name") or run.get("device") or ""))
     return " · ".join(p for p in parts if p)
@@ -123,7 +122,9 @@ def lead(material: Material) -> str:
         return f"All {plural(total, 'module')} {can} in {formats}{of_flops}."
     kept = _and(sorted({r.compute for r in material.high}))
     stay = "stays" if len(material.high) == 1 else "stay"
-    return f"{len(low)} of {plural(total, 'module')} {can} in {formats}{of_flops}; {len(material.high)} {stay} in {kept}."
+    return (
+        f"{len(low)} of {plural(total, 'module')} {can} in {formats}{of_flops}; {len(material.high)} {stay} in {kept}."
+    )
 
 
 def _lead_without_plan(material: Material) -> str:
@@ -146,14 +147,16 @@ def facts(material: Material) -> tuple[Fact, ...]:
     if material.plan is not None:
         share = material.low_share
         of_modules = len(material.low) / max(len(material.rows), 1)
-        label = "of the FLOPs in low precision" if share is not None else "of the modules in low precision"
+        label = "FLOPs in low precision" if share is not None else "Modules in low precision"
         value = f"{percent(of_modules if share is None else share)}%"
-        found.append(Fact(label[0].upper() + label[1:], value, f"{len(material.low)} of {plural(len(material.rows), 'module')}"))
+        found.append(Fact(label, value, f"{len(material.low)} of {plural(len(material.rows), 'module')}"))
         found.append(_speed_fact(material))
     run, base = material.plan_run, material.base_run
     if run is not None and _known(run.eval_loss):
-        against = "" if run is base or not _known(run.eval_change) else f"{_signed(run.eval_change)} against {base.precision}"
-        found.append(Fact("Held-out loss with the plan", number(run.eval_loss), against))
+        against = (
+            "" if run is base or not _known(run.eval_change) else f"{_signed(run.eval_change)} against {base.precision}"
+        )
+        found.append(Fact("Held-out loss with the plan", figure(run.eval_loss), against))
     scale = material.plan.loss_scale if material.plan is not None else {}
     if scale.get("initial"):
         lo, hi = scale.get("interval") or (None, None)
@@ -206,8 +209,8 @@ def _damaged(material: Material) -> Statement | None:
     if not material.profile.damaged:
         return None
     n = len(material.profile.damaged)
-    return Statement("care", f"{plural(n, 'part')} of the run could not be read and {'is' if n == 1 else 'are'} left out.",
-                     tuple(material.profile.damaged))  # fmt: skip
+    text = f"{plural(n, 'part')} of the run could not be read and {'is' if n == 1 else 'are'} left out."
+    return Statement("care", text, tuple(material.profile.damaged))
 
 
 def _nonfinite(material: Material) -> Statement | None:
@@ -216,10 +219,10 @@ def _nonfinite(material: Material) -> Statement | None:
     if not len(rows):
         return None
     rows = rows[np.argsort(-table.nonfinite[rows] / np.maximum(table.count[rows], 1), kind="stable")]
-    items = tuple(
-        f"{sites[i]}: {percent(table.nonfinite[i] / table.count[i])}% of its values" for i in rows[:_LISTED]
+    items = tuple(f"{sites[i]}: {percent(table.nonfinite[i] / table.count[i])}% of its values" for i in rows[:_LISTED])
+    return Statement(
+        "bad", f"inf or NaN was recorded at {plural(len(rows), 'site')}.", items + _more(len(rows), "site")
     )
-    return Statement("bad", f"inf or NaN was recorded at {plural(len(rows), 'site')}.", items + _more(len(rows), "site"))
 
 
 def _measured(material: Material) -> Statement | None:
@@ -229,13 +232,15 @@ def _measured(material: Material) -> Statement | None:
     text = "Trained with the plan"
     if _known(run.speed):
         word = "the same speed as" if 0.98 <= run.speed <= 1.02 else f"{run.speed:.2f} times the speed of"
-        text += f": {word} {base.precision} ({number(run.step_time_ms)} against {number(base.step_time_ms)} ms per step)"
+        text += (
+            f": {word} {base.precision} ({number(run.step_time_ms)} against {number(base.step_time_ms)} ms per step)"
+        )
     kind = "good" if not _known(run.speed) or run.speed >= 0.98 else "care"
     if _known(run.eval_loss) and _known(base.eval_loss):
-        text += f", held-out loss {number(run.eval_loss)} against {number(base.eval_loss)} ({_signed(run.eval_change)})"
+        text += f", held-out loss {figure(run.eval_loss)} against {figure(base.eval_loss)} ({_signed(run.eval_change)})"
         kind = "bad" if run.eval_change > 0.01 else kind
     elif _known(run.train_loss):
-        text += f", training loss {number(run.train_loss)} against {number(base.train_loss)}"
+        text += f", training loss {figure(run.train_loss)} against {figure(base.train_loss)}"
     text += f"; {plural(run.nonfinite_steps, 'non-finite step') if run.nonfinite_steps else 'no non-finite step'}"
     text += f", {plural(run.skipped_steps, 'skipped step') if run.skipped_steps else 'no skipped step'}"
     if _known(run.peak_memory_bytes) and _known(base.peak_memory_bytes):
@@ -248,18 +253,15 @@ def _measured(material: Material) -> Statement | None:
 def _kept_high(material: Material) -> Statement | None:
     if material.plan is None or not material.high or not material.low:
         return None
-    groups: dict[tuple[str, str], list[PlanRow]] = {}
-    for row in material.high:
-        why = _why(row)
-        groups.setdefault((re.sub(r"\d+", "#", row.module), re.sub(r"[\d.e+-]+", "#", why)), []).append(row)
-    ordered = sorted(groups.values(), key=lambda rows: (not _forbidden(rows[0]), -len(rows)))
-    items = tuple(f"{_names(rows)}: {_why(rows[0]) or 'no reason given'}" for rows in ordered[:_LISTED])
-    rest = sum(len(rows) for rows in ordered[_LISTED:])
+    groups = sorted(group_rows(material.high), key=lambda g: (not _forbidden(g), -g.count))
+    items = tuple(f"{g.label}: {_why(g) or 'no reason given'}" for g in groups[:_LISTED])
+    rest = sum(g.count for g in groups[_LISTED:])
     items += (f"and {plural(rest, 'more module')}, in the plan below",) if rest else ()
     forbidden = sum(map(_forbidden, material.high))
     computes = _and(sorted({r.compute for r in material.high}))
     because = f", {forbidden} of them because low precision is not safe there" if forbidden else ""
-    text = f"{plural(len(material.high), 'module')} compute{'s' if len(material.high) == 1 else ''} in {computes}{because}:"
+    compute = "computes" if len(material.high) == 1 else "compute"
+    text = f"{plural(len(material.high), 'module')} {compute} in {computes}{because}:"
     return Statement("care" if forbidden else "note", text, items)
 
 
@@ -270,12 +272,6 @@ def _forbidden(row: PlanRow) -> bool:
 def _why(row: PlanRow) -> str:
     """The reason that says most: what forbids, else the first."""
     return next((r for r in row.reasons if r.startswith("not ")), row.reasons[0] if row.reasons else "")
-
-
-def _names(rows: list[PlanRow]) -> str:
-    """blocks.0.norm, or "blocks.0.norm and 3 like it"."""
-    first = rows[0].module or "(root)"
-    return first if len(rows) == 1 else f"{first} and {len(rows) - 1} like it"
 
 
 def _ranges(material: Material) -> Statement | None:
@@ -306,7 +302,8 @@ def _ranges(material: Material) -> Statement | None:
             )
     if not lines:
         return None
-    return Statement(kind, "Inputs, outputs and weights against the largest finite value:", tuple(lines))
+    where = " of the modules that run low," if material.low else ""
+    return Statement(kind, f"Inputs, outputs and weights{where} against the largest finite value:", tuple(lines))
 
 
 def _gradients(material: Material) -> Statement | None:
@@ -342,7 +339,8 @@ def _scale(material: Material) -> Statement | None:
     lo, hi = ends
     low_site, high_site = scale.get("lo_site") or "no site", scale.get("hi_site") or "no site"
     if lo > hi:
-        text = f"No single loss scale serves all fp16 gradients: {low_site} needs 2^{lo:g} or more, {high_site} 2^{hi:g} or less."
+        text = f"No single loss scale serves all fp16 gradients: {low_site} needs 2^{lo:g} or more, {high_site} "
+        text += f"2^{hi:g} or less."
         return Statement("bad", text)
     text = f"Loss scales from 2^{lo:g} to 2^{hi:g} are safe; {low_site} binds the lower end, {high_site} the upper."
     return Statement("good", text)
@@ -371,13 +369,15 @@ def next_step(material: Material) -> tuple[str, str]:
     base = material.base_run
     if base is None or base is material.plan_run:
         return "Train the fp32 twin to compare with", f"precscope train {task} --precision fp32 --out runs/fp32"
-    if material.plan_run.nonfinite_steps or (_known(material.plan_run.eval_change) and material.plan_run.eval_change > 0.01):
+    if material.plan_run.nonfinite_steps or (
+        _known(material.plan_run.eval_change) and material.plan_run.eval_change > 0.01
+    ):
         return "Look where the run went wrong: record it with the plan", f"precscope profile {task} --out runs/again"
     return "Use the plan in your own loop", 'with ps.apply(ps.PrecisionPlan.load("plan.json"), model): ...'
 
 
 def _tightest(material: Material) -> tuple[float, FloatFormat, str, float] | None:
-    """(binades, format, site, amax) of the forward tensor nearest to, or furthest beyond, its format's largest value."""
+    """(binades, format, site, amax) of the forward tensor with the least head-room in its format."""
     found = []
     for fmt in (f for f in material.formats if f.bits > 8):
         frame = material.ask(fmt, FORWARD)

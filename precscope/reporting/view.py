@@ -5,8 +5,9 @@ Every renderer (html, text, figures) takes a View or parts of one, so that they 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from ..formats import get_format
 from ..histogram import EXP_LO
 from ..profiles import Profile
+from ..sites import Role, Site
 
 if TYPE_CHECKING:
     from ..comparison import RunRow
@@ -78,7 +80,11 @@ class SiteRow:
 
 @dataclass(frozen=True)
 class PlanRow:
-    """A module and what the plan does with it. flops_share: of the model's forward FLOPs; None where not counted."""
+    """A module and what the plan does with it, or several alike that `group_rows` made one.
+
+    flops_share: of the model's forward FLOPs; None where not counted. parameters: of the module itself, children not
+    counted. label: what to call it: "blocks.{0-3}.fc1" for four of them. count: how many modules it stands for.
+    """
 
     module: str
     type: str
@@ -88,6 +94,8 @@ class PlanRow:
     flops_share: float | None
     parameters: int | None
     reasons: tuple[str, ...]
+    label: str = ""
+    count: int = 1
 
     @property
     def low(self) -> bool:
@@ -193,8 +201,10 @@ def build_view(
 
 
 def site_rows(profile: Profile, *, by: str = "site") -> tuple[tuple[int, ...], tuple[SiteRow, ...]]:
-    """(steps, a row per site): the statistics in the order of recording, with their history over `steps`."""
+    """(steps, a row per site): the statistics in the model's order, with their history over `steps`."""
     sites, table = profile.merged(by)
+    order = _model_order(profile, sites)
+    sites, table = [sites[i] for i in order], table.take(np.asarray(order, np.int64))
     steps, history, broken = _history(profile, sites)
     filled = table.counts != 0
     if table.weights is not None:
@@ -228,7 +238,15 @@ def site_rows(profile: Profile, *, by: str = "site") -> tuple[tuple[int, ...], t
     return steps, tuple(rows)
 
 
-def _history(profile: Profile, sites: Sequence[Any]) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
+def _model_order(profile: Profile, sites: Sequence[Site]) -> list[int]:
+    """Indices of `sites` by module as the model lists them (as recorded where it is not known), call and role."""
+    names = [m["name"] for m in profile.graph.get("modules", ())]
+    place = {name: i for i, name in enumerate(dict.fromkeys([*names, *(s.module for s in sites)]))}
+    roles = list(Role)
+    return sorted(range(len(sites)), key=lambda i: (place[sites[i].module], sites[i].call, roles.index(sites[i].role)))
+
+
+def _history(profile: Profile, sites: Sequence[Site]) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
     """Steps, amax float64[sites, steps] (0 where absent) and non-finite counts int64[sites, steps]."""
     frame = profile.history()
     if not len(frame) or not sites:
@@ -278,6 +296,49 @@ def plan_rows(profile: Profile, plan: PrecisionPlan) -> tuple[PlanRow, ...]:
             )
         )
     return tuple(rows)
+
+
+def group_rows(rows: Iterable[PlanRow]) -> tuple[PlanRow, ...]:
+    """Rows that agree but for one number in the name (the first) and the numbers in their reasons, as one: FLOPs add
+    up, the reasons are those of the first."""
+    groups: dict[Any, list[tuple[int | None, PlanRow]]] = {}
+    for row in rows:
+        found = re.fullmatch(r"(|.*?\.)(\d+)((?:\..*)?)", row.module)
+        alike = (
+            row.type,
+            row.compute,
+            row.params,
+            row.policy,
+            row.parameters,
+            tuple(map(_without_numbers, row.reasons)),
+        )
+        key = (found[1], found[3], alike) if found else (row.module, None, None)
+        groups.setdefault(key, []).append((int(found[2]) if found else None, row))
+    return tuple(_merged(members, key) for key, members in groups.items())
+
+
+def _without_numbers(text: str) -> str:
+    return re.sub(r"\d[\d.e+-]*", "#", text)
+
+
+def _merged(members: list[tuple[int | None, PlanRow]], key: tuple[str, str | None, Any]) -> PlanRow:
+    row = members[0][1]
+    if len(members) == 1:
+        return replace(row, label=row.module or "(root)")
+    share = None if row.flops_share is None else sum(r.flops_share or 0.0 for _, r in members)
+    numbers = _ranges(sorted(n for n, _ in members if n is not None))
+    return replace(row, label=f"{key[0]}{{{numbers}}}{key[1]}", count=len(members), flops_share=share)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2,5"."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def curve(run: str | Path, *, points: int = 400) -> Curve:

@@ -5,7 +5,8 @@ result.py what it returns; tasks/ the tasks that come with precscope.
 """
 
 from .config import TrainConfig
-from .loop import Trainer, evaluate, train
+from .evaluation import evaluate
+from .loop import Trainer, train
 from .precision import Autocast, FullPrecision, Planned, Precision, make_precision
 from .result import TrainResult
 

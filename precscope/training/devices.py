@@ -29,7 +29,7 @@ def pick_device(model: nn.Module, device: str | torch.device | None) -> torch.de
     return place
 
 
-def move_batch(batch: Any, where: nn.Module | torch.device) -> Any:
+def to_device(batch: Any, where: nn.Module | torch.device) -> Any:
     """`batch` with its tensors on a device, or on that of a model's first parameter.
 
     Moves tensors, anything that has .to(), and these within dicts, lists, tuples and namedtuples.
@@ -39,11 +39,11 @@ def move_batch(batch: Any, where: nn.Module | torch.device) -> Any:
     if hasattr(batch, "to"):
         return batch.to(where, non_blocking=True) if isinstance(batch, torch.Tensor) else batch.to(where)
     if isinstance(batch, dict):
-        return type(batch)((key, move_batch(value, where)) for key, value in batch.items())
+        return type(batch)((key, to_device(value, where)) for key, value in batch.items())
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(move_batch(value, where) for value in batch))
+        return type(batch)(*(to_device(value, where) for value in batch))
     if isinstance(batch, list | tuple):
-        return type(batch)(move_batch(value, where) for value in batch)
+        return type(batch)(to_device(value, where) for value in batch)
     return batch
 
 

@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import nn
 
-from ..batches import preserved_rng, seed_everything
+from ..batches import seed_everything
 from ..errors import RunDirectoryError, TaskError, TrainingError, UsageError
 from ..store import prepare_directory
 from ..tasks import Task, TaskRef, make_task
 from . import checkpoint
 from .config import TrainConfig, make_config
-from .devices import move_batch, pick_device
+from .devices import pick_device, to_device
 from .diagnosis import nonfinite_message
+from .evaluation import evaluate, in_mode
 from .log import MemoryMeter, Row, StepClock, TrainLog, write_run_json
 from .optim import clip, gradients, make_optimizer
 from .precision import Precision, make_precision
@@ -74,7 +74,7 @@ def train(
     used, TrainingError where training cannot go on (what was logged is on disk by then).
     """
     config = make_config({"steps": steps, **settings})
-    if exist not in ("error", "overwrite"):
+    if exist not in ("error", "overwrite") and not resume:
         raise UsageError(f"exist must be 'error' or 'overwrite', not {exist!r}; to go on with a run pass resume=True")
     if isinstance(plan, str | Path):
         from ..plans import PrecisionPlan
@@ -97,8 +97,10 @@ def train(
 class Trainer:
     """One run. task, config: what and how. precision: see precision.py. out, exist: see `train`.
 
-    optimizer, scaler and model are there from the start, for a recorder.
+    model and scaler are there from the start, the optimizer from `run` on, when the plan is on the model.
     """
+
+    optimizer: torch.optim.Optimizer
 
     def __init__(
         self, task: Task, config: TrainConfig, *, precision: Precision, out: str | Path | None, exist: str = "error"
@@ -106,8 +108,6 @@ class Trainer:
         self.task, self.config, self.precision = task, config, precision
         self.model, self.device = task.model, precision.device
         self.scaler = precision.scaler
-        self.optimizer = make_optimizer(task, config)
-        self.base_lrs = [config.lr if config.lr is not None else g["lr"] for g in self.optimizer.param_groups]
         self.out = prepare_directory(out, exist=exist) if out is not None else None
         self.log = TrainLog(self.out, flush_seconds=config.flush_seconds)
         self.clock, self.memory = StepClock(self.device), MemoryMeter(self.device)
@@ -121,10 +121,11 @@ class Trainer:
         seed_everything(self.config.seed)
         if self.out is not None and not resume:
             checkpoint.remove_all(self.out)  # of a run that is being overwritten
-        first = self._resume() if resume else 0
         with ExitStack() as stack:
-            stack.enter_context(_mode(self.model, training=True))
+            stack.enter_context(in_mode(self.model, training=True))
             stack.enter_context(self.precision.applied(self.model))
+            self._make_optimizer()
+            first = self._resume() if resume else 0
             stack.enter_context(self._outcome())
             with _entered(recorder, self) as watch:
                 self._announce(first)
@@ -141,6 +142,12 @@ class Trainer:
             result = self._result(eval_loss)
             write_run_json(self.out, result.to_dict())
         return result
+
+    def _make_optimizer(self) -> None:
+        """Once the plan is on the model: a plan may store parameters low, and the optimizer's state follows them."""
+        self.optimizer = make_optimizer(self.task, self.config)
+        lr = self.config.lr
+        self.base_lrs = [g["lr"] if lr is None else lr for g in self.optimizer.param_groups]
 
     # one step
 
@@ -170,7 +177,7 @@ class Trainer:
         count = self.config.accumulate
         total: torch.Tensor | None = None
         for index in range(step * count, (step + 1) * count):
-            batch = move_batch(self.task.batch(index), self.device)
+            batch = to_device(self.task.batch(index), self.device)
             with self.precision.forward_context():
                 loss = self.task.checked_loss(batch)
             self.precision.backward(loss / count if count > 1 else loss)
@@ -259,6 +266,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "precision": self.precision.state_dict(),
             "random": checkpoint.random_states(),
+            "data_seed": self.task.seed,
             "bad_in_a_row": self._bad_in_a_row,
             "config": {k: list(v) if isinstance(v, tuple) else v for k, v in self.config.to_dict().items()},
             "word": self.precision.word,
@@ -281,6 +289,7 @@ class Trainer:
             ) from error
         self.precision.load_state_dict(state["precision"])
         checkpoint.set_random_states(state["random"])
+        self.task.reseed(state["data_seed"])
         self._bad_in_a_row = state["bad_in_a_row"]
         self.log.load_before(state["step"])
         self.evaluations = [
@@ -349,33 +358,6 @@ class Trainer:
             out=self.out,
             plan=self.precision.plan,
         )
-
-
-def evaluate(task: Task, *, precision: Precision, limit: int | None = None) -> float:
-    """Mean loss of the task's model over its held-out batches, in `precision` (a plan must be applied already).
-
-    Raises TaskError where there are none. Modes and random streams are put back.
-    """
-    losses = []
-    with _mode(task.model, training=False), preserved_rng(), torch.no_grad():
-        for batch in task.evaluation(limit=limit):
-            with precision.forward_context():
-                losses.append(task.checked_loss(move_batch(batch, precision.device), needs_grad=False).double())
-    if not losses:
-        raise TaskError("eval_batches is empty: give at least one held-out batch, or None")
-    return float(torch.stack(losses).mean())
-
-
-@contextmanager
-def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """The model in training or evaluation mode; each module's own mode is put back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

@@ -82,7 +82,10 @@ def gradients(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 def clip(grads: list[torch.Tensor], limit: float | None) -> torch.Tensor:
     """Scale `grads` in place so that their total 2-norm is at most `limit` (None: leave them); the norm before."""
-    norm = torch.nn.utils.get_total_norm(grads)
+    if any(g.dtype in (torch.float16, torch.bfloat16) for g in grads):  # a norm in fp16 ends at 65504
+        norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32).to(grads[0].device) for g in grads]).norm()
+    else:
+        norm = torch.nn.utils.get_total_norm(grads)
     if limit is not None:
         coefficient = torch.clamp(limit / (norm + 1e-6), max=1.0)
         for grad in grads:

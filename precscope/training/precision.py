@@ -12,13 +12,13 @@ before anything looks at them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..errors import PlanError, UsageError
+from ..errors import UsageError
 from ..formats import get_format
 from .halfmatmul import half_matmul_through_fp32, matmul_rates, needs_half_matmul
 
@@ -30,7 +30,11 @@ _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class LossScaler(torch.amp.GradScaler):
-    """A GradScaler whose scale and verdict can be read without waiting for the device."""
+    """A GradScaler whose scale and verdict can be read without waiting for the device.
+
+    Gradients stored in fp16 are unscaled too, in fp16: where parameters are kept in fp16 on purpose, by a plan or by
+    model.half(), that is what training them is like.
+    """
 
     def current_scale(self) -> torch.Tensor:
         """A copy of the loss scale: float32 scalar on the device."""
@@ -42,6 +46,9 @@ class LossScaler(torch.amp.GradScaler):
         """Whether `unscale_` met an inf or NaN in this step's gradients: bool scalar on the device."""
         found = self._found_inf_per_device(optimizer).values()
         return torch.stack([f.to(self._device) for f in found]).sum() > 0
+
+    def _unscale_grads_(self, optimizer: Any, inv_scale: Any, found_inf: Any, allow_fp16: bool) -> Any:
+        return super()._unscale_grads_(optimizer, inv_scale, found_inf, True)
 
     def prepare(self, device: torch.device) -> None:
         """Create the scale on `device` now instead of at the first backward."""
@@ -165,14 +172,11 @@ class _Scaled(Precision):
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            if self.through_fp32:
-                stack.enter_context(half_matmul_through_fp32())
-            if self._autocast_dtype() is not None:
-                stack.enter_context(torch.autocast(self.device.type, dtype=self._autocast_dtype()))
+        with half_matmul_through_fp32() if self.through_fp32 else nullcontext(), self._autocast():
             yield
 
-    def _autocast_dtype(self) -> torch.dtype | None:
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """Autocast for the forward pass, as far as no plan on the model decides."""
         raise NotImplementedError
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -216,15 +220,15 @@ class Autocast(_Scaled):
         self.word, self.dtype = dtype, _DTYPES[dtype]
         super().__init__(device, half=dtype == "fp16", initial_scale=initial_scale, growth_interval=growth_interval)
 
-    def _autocast_dtype(self) -> torch.dtype:
-        return self.dtype
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=self.dtype)
 
 
 class Planned(_Scaled):
     """A PrecisionPlan: applied to the model for the run, with a loss scale where the plan holds fp16.
 
-    Code of the task outside the model's modules, mostly the loss, runs as the plan's default says: under autocast of
-    the default's dtype where that is fp16 or bf16, so that losses are computed in fp32 as PyTorch's lists have it.
+    Code of the task outside the model's modules, mostly the loss, runs as the plan's default says: under autocast where
+    that is a low format, so that losses are computed in fp32 as PyTorch's lists have it. To be used within `applied`.
     """
 
     word = "plan"
@@ -249,15 +253,18 @@ class Planned(_Scaled):
         from ..applying import apply
 
         assert self.plan is not None
-        handle = apply(self.plan, model)
+        self.handle = apply(self.plan, model)
         try:
             yield
         finally:
-            handle.remove()
+            self.handle.remove()
 
-    def _autocast_dtype(self) -> torch.dtype | None:
-        assert self.plan is not None
-        return _DTYPES.get(self.plan.default.compute)
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return self.handle.autocast(self.device.type)
+
+    def describe(self) -> dict[str, Any]:
+        described = super().describe()
+        return {**described, "notes": [*described["notes"], *self.handle.notes]}
 
 
 def make_precision(
@@ -271,19 +278,19 @@ def make_precision(
 ) -> Precision:
     """The Precision for `word` ("fp32", "tf32", "bf16", "fp16") or for `plan`; fp32 where neither is given.
 
-    Raises UsageError on another word or on both, PlanError where the plan does not fit the model (on applying) or the
-    parameters are stored in fp16, whose gradients a loss scale cannot serve.
+    Raises UsageError on another word, on both, and on a plan with phases. Whether a plan fits the model shows when it
+    is applied.
     """
     if plan is not None and word not in (None, "plan"):
         raise UsageError(f"give a plan or precision={word!r}, not both: a plan says the precision of each module")
     if plan is not None:
         if plan.phases:
             raise UsageError("this plan has phases; train each with plan.at_step(step), one run after the other")
-        return _checked(Planned(device, plan, model), model)
+        return Planned(device, plan, model)
     word = _normal(word or "fp32")
     if word in ("fp32", "tf32"):
         return FullPrecision(device, tf32=word == "tf32")
-    return _checked(Autocast(device, word, initial_scale=initial_scale, growth_interval=growth_interval), model)
+    return Autocast(device, word, initial_scale=initial_scale, growth_interval=growth_interval)
 
 
 def _normal(word: str) -> str:
@@ -294,14 +301,3 @@ def _normal(word: str) -> str:
             "(plan=, --plan), which may name 8-bit formats per module"
         )
     return name
-
-
-def _checked(precision: Precision, model: nn.Module) -> Precision:
-    if precision.scaler is not None:
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and parameter.dtype is torch.float16:
-                raise PlanError(
-                    f"parameter {name} is stored in fp16: with a loss scale, keep the parameters in fp32 "
-                    "(model.float()) and let autocast or the plan cast them"
-                )
-    return precision

@@ -1,6 +1,6 @@
 "use strict";
 // What rounding to a format does to a tensor, answered from its exponent histogram.
-// The same formulas, in the same order, as precscope/histogram.py (rounding_table) and precscope/stats.py (_answer).
+// The same formulas, in the same order, as precscope/histogram.py: rounding_table and answer.
 
 const EXP_LO = DATA.bins.lo, BINS = DATA.bins.count, CONTINUOUS = 200;
 const floatBits = new DataView(new ArrayBuffer(8));
@@ -95,18 +95,17 @@ function ask(site, fmt, k) {
     if (site.weights) priced += site.weights[j] * t.error[i];
   }
 
-  // Overflow: bounds from the bins, settled by the extremes where they can.
-  const largest = overflows(site.amax, fmt, k);
-  const smallest = finite > 0 && overflows(site.amin, fmt, k);
+  // Overflow: bounds from the bins, settled by the extremes where they can. The end bins hold more than their binade.
+  const largest = overflows(site.amax, fmt, k), smallest = overflows(site.amin, fmt, k);
   let atMost = beyond + inTop, surely = beyond;
-  if (largest && atMost === 0) atMost = finite;
-  if (site.amin < 2 ** EXP_LO) surely = Math.min(surely, finite - 1);
+  if (site.amin < 2 ** EXP_LO && first === 0) surely -= counts[0] * t.overflows[0];
+  if (site.amax >= 2 ** (EXP_LO + BINS) && first + counts.length === BINS) atMost = Math.max(atMost, counts[counts.length - 1]);
   const lo = smallest ? finite : largest ? Math.max(surely, 1) : 0;
-  const hi = Math.max(lo, smallest ? finite : largest ? Math.min(atMost, finite - 1) : 0);
+  const hi = smallest ? finite : largest ? Math.min(atMost, finite - 1) : 0;
 
   // Signal and noise of what stays in range.
   const top = Math.min(fmt.overflowFrom / 2 ** fmt.emax, 2) - 1;
-  const topShare = top * (1 + (1 + top) + (1 + top) ** 2) / 3 / (7 / 3);
+  const topShare = top * (1 + (1 + top) + (1 + top) ** 2) / 7;
   const cut = hi > 0;
   const energyKept = keptEnergy - (cut ? 1 - topShare : 0) * topEnergy;
   let error = keptError - (cut ? 1 - top : 0) * topError;

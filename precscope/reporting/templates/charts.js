@@ -55,7 +55,7 @@ function lineChart(svg, series, options) {
       path += `${pen}${x(px).toFixed(1)},${y(py).toFixed(1)}`;
       pen = "L";
     }
-    svg.append(s("path", { d: path, fill: "none", stroke: one.color, "stroke-width": one.width || 1.6, "stroke-dasharray": one.dash || "", "stroke-linejoin": "round" }));
+    svg.append(s("path", { d: path, fill: "none", stroke: one.color, "stroke-width": one.width || 1.6, "stroke-opacity": one.opacity || 1, "stroke-dasharray": one.dash || "", "stroke-linejoin": "round" }));
     if (one.points.length === 1) svg.append(s("circle", { cx: x(one.points[0][0]), cy: y(one.points[0][1]), r: 3, fill: one.color }));
   }
   if (options.readout) follow(svg, series, { x, x0, x1, left, right, width, height, bottom, top }, options);
@@ -98,7 +98,7 @@ function siteHistogram(svg, site, fmt, k) {
     if (!count) return;
     const e = site.lo + j, edge = y(count / total);
     const bar = { x: x(e) + 0.5, width: Math.max(cell - 1, 1), y: Math.min(edge, height - bottom - 1), height: Math.max(height - bottom - edge, 1), fill: `var(--${region(site, fmt, k, e)})` };
-    svg.append(s("rect", bar, s("title", {}, `2^${e}: ${percent(count / total)}%`)));
+    svg.append(s("rect", bar, s("title", {}, `${pow2(e)}: ${percent(count / total)}%`)));
   });
   svg.append(s("line", { class: "axis", x1: 0, x2: width, y1: height - bottom, y2: height - bottom }));
   for (const [e, text] of [[fmt.emin - fmt.p - k, "subnormal"], [fmt.emin - k, "normal"], [Math.log2(fmt.max) - k, "max"]]) {
@@ -109,7 +109,7 @@ function siteHistogram(svg, site, fmt, k) {
   const every = Math.ceil((last - first) / 6 / 5) * 5;
   for (let e = Math.ceil(first / every) * every; e <= last; e += every) {
     const at = x(e), anchor = at < 14 ? "start" : at > width - 14 ? "end" : "middle";
-    svg.append(s("text", { x: at, y: height - 6, "text-anchor": anchor }, `2^${e}`));
+    svg.append(s("text", { x: at, y: height - 6, "text-anchor": anchor }, pow2(e)));
   }
 }
 
@@ -121,15 +121,26 @@ function region(site, fmt, k, e) {
   return scaled < fmt.emin ? "subnormal" : "normal";
 }
 
+// Mean over a twentieth of the curve around each point: single steps differ by rounding noise alone.
+function runningMean(points) {
+  const half = Math.floor(points.length / 40);
+  return points.map(([x, y], i) => {
+    if (y === null) return [x, null];
+    const near = points.slice(Math.max(i - half, 0), i + half + 1).filter((p) => p[1] !== null);
+    return [x, near.reduce((sum, p) => sum + p[1], 0) / near.length];
+  });
+}
+
 function drawTraining() {
   if (!DATA.curves.length || !byId("loss-chart")) return;
   const color = (i) => `var(--run${i % 7})`, dash = (i) => RUN_DASHES[i % 7];
   const series = DATA.curves.map((c, i) => ({ name: c.run, color: color(i), dash: dash(i), points: c.steps.map((t, j) => [t, c.losses[j]]) }));
   byId("runs-key").replaceChildren(...series.map((one) => h("li", {}, s("svg", { viewBox: "0 0 26 8", "aria-hidden": "true" }, s("line", { x1: 0, x2: 26, y1: 4, y2: 4, stroke: one.color, "stroke-width": 2.2, "stroke-dasharray": one.dash })), one.name)));
-  lineChart(byId("loss-chart"), series, { height: 230, readout: byId("loss-readout") });
+  const under = series.map((one) => (one.name === DATA.baseline ? { ...one, width: 5, opacity: 0.3 } : one));
+  lineChart(byId("loss-chart"), under, { height: 230, readout: byId("loss-readout") });
   const base = new Map((series.find((one) => one.name === DATA.baseline) || series[0]).points);
   const difference = series.filter((one) => one.name !== DATA.baseline).map((one) => ({
-    ...one, points: one.points.map(([t, v]) => [t, v === null || base.get(t) === undefined || base.get(t) === null ? null : v - base.get(t)]),
+    ...one, points: runningMean(one.points.map(([t, v]) => [t, v === null || (base.get(t) ?? null) === null ? null : v - base.get(t)])),
   }));
   byId("difference-chart").closest("figure").hidden = !difference.length;
   if (difference.length) lineChart(byId("difference-chart"), difference, { height: 230, lines: [{ y: 0, include: true }], readout: byId("difference-readout") });

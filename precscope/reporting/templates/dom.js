@@ -1,5 +1,5 @@
 "use strict";
-// Elements made from text, never from markup: a module may be named "</script>".
+// Elements made from text, never from markup: a module may be named anything.
 
 const byId = (id) => document.getElementById(id);
 
@@ -8,7 +8,7 @@ function fill(element, attributes, children) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value === true ? "" : value);
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(...children.flat(2).filter((child) => child !== null && child !== undefined && child !== false));
   return element;
 }
 

@@ -2,7 +2,8 @@
 // The what-if explorer: one state, one repaint. Every control changes `state` and calls `repaint`.
 
 const FORMATS = Object.fromEntries(DATA.formats.map((f) => [f.name, f]));
-const state = { format: FORMATS[DATA.choice.format], k: 0, role: DATA.choice.role, filter: "", sort: "word", down: true, selected: -1, shown: 100, allRoles: false };
+const FEW = window.matchMedia("(max-width: 1000px)").matches ? 20 : 40;
+const state = { format: FORMATS[DATA.choice.format], k: 0, role: DATA.choice.role, filter: "", sort: "word", down: true, selected: -1, shown: FEW, allRoles: false };
 const sites = DATA.sites.map(readSite);
 
 function readSite(row, index) {
@@ -24,9 +25,9 @@ const badness = (site) => WORDS.indexOf(site.word) * 1e6 + 1e5 * Math.min(site.a
 const COLUMNS = [
   { key: "site", head: "Site", value: (t) => t.index, cell: null },
   { key: "word", head: "Verdict", hint: "sorted from harmful to harmless", value: badness, cell: (t) => h("span", { class: `verdict-word ${WORD_CLASS[t.word]}` }, t.word) },
-  { key: "overflow", head: "Overflow %", hint: "share that rounds beyond the largest finite value; an interval where the histogram cannot tell", value: (t) => t.answer.overflowHi, text: (t) => interval(t.answer.overflowLo, t.answer.overflowHi) },
-  { key: "flushed", head: "Flushed %", hint: "non-zero values that round to zero", value: (t) => t.answer.flushed, text: (t) => percent(t.answer.flushed) },
-  { key: "subnormal", head: "Subnormal %", hint: "values that lose bits below the smallest normal", value: (t) => t.answer.subnormal, text: (t) => percent(t.answer.subnormal) },
+  { key: "overflow", head: "Overflow", hint: "share that rounds beyond the largest finite value; an interval where the histogram cannot tell", value: (t) => t.answer.overflowHi, text: (t) => interval(t.answer.overflowLo, t.answer.overflowHi) },
+  { key: "flushed", head: "Flushed", hint: "non-zero values that round to zero", value: (t) => t.answer.flushed, text: (t) => percent(t.answer.flushed) },
+  { key: "subnormal", head: "Subnormal", hint: "values that lose bits below the smallest normal", value: (t) => t.answer.subnormal, text: (t) => percent(t.answer.subnormal) },
   { key: "sqnr", head: "SQNR dB", hint: "signal to quantisation noise of what stays in range", value: (t) => -t.answer.sqnr, text: (t) => fixed(t.answer.sqnr) },
   { key: "noise", head: "Loss noise", hint: "standard deviation of the change of the loss", value: (t) => t.answer.lossNoise, text: (t) => number(t.answer.lossNoise), only: () => sites.some((t) => t.weights) },
   { key: "room", head: "Head-room", hint: "binades from the largest magnitude to the largest finite value", value: (t) => -t.answer.room, text: (t) => (Number.isFinite(t.answer.room) ? fixed(t.answer.room) : MISSING) },
@@ -54,6 +55,7 @@ function sorted(list) {
   return keyed.map((pair) => pair[1]);
 }
 
+const panel = byId("detail");
 let rowsShown = [], mapKey = "";
 
 function repaint() {
@@ -83,11 +85,11 @@ function later() {
 }
 
 function paintControls(list) {
-  byId("scale-out").textContent = `×2^${state.k}`;
+  byId("scale-out").textContent = `×${pow2(state.k)}`;
   byId("scale").setAttribute("aria-valuetext", `two to the power ${state.k}`);
   byId("scale-reset").disabled = state.k === 0;
   byId("count").textContent = list.length === sites.length ? `${sites.length} sites` : `${list.length} of ${sites.length} sites`;
-  byId("explorer-text").textContent = `Each recorded tensor, were it multiplied by 2^${state.k} and rounded to ${state.format.name} (nearest even; largest value ${number(state.format.max)}, smallest normal 2^${state.format.emin}, smallest subnormal 2^${state.format.emin - state.format.p}).`;
+  byId("explorer-text").textContent = `Each recorded tensor, were it multiplied by ${pow2(state.k)} and rounded to ${state.format.name} (nearest even; shares in percent of all values; largest value ${number(state.format.max)}, smallest normal ${pow2(state.format.emin)}, smallest subnormal ${pow2(state.format.emin - state.format.p)}).`;
   byId("map-text").textContent = describeMap(state);
   for (const head of byId("sites").querySelectorAll("thead th")) {
     head.setAttribute("aria-sort", head.dataset.key === state.sort ? (state.down ? "descending" : "ascending") : "none");
@@ -97,8 +99,9 @@ function paintControls(list) {
 // Cells are reused: a slider moves figures, it does not rebuild the table.
 function paintTable() {
   const body = byId("sites").tBodies[0], wanted = Math.min(rowsShown.length, state.shown);
+  const split = document.querySelector(".split");
+  if (panel.parentElement !== split) split.append(panel);
   body.querySelector(".detail-row")?.remove();
-  if (byId("detail").parentElement !== document.querySelector(".split")) document.querySelector(".split").append(byId("detail"));
   while (body.rows.length < wanted) body.append(newRow());
   while (body.rows.length > wanted) body.lastElementChild.remove();
   for (let i = 0; i < wanted; i++) fillRow(body.rows[i], rowsShown[i]);
@@ -138,20 +141,20 @@ function fillRow(row, site) {
 
 // On narrow screens the details open below their row, on wide ones they stand beside the table.
 function placeDetail(body) {
-  const narrow = window.matchMedia("(max-width: 1000px)").matches && !map.printing, detail = byId("detail");
+  const narrow = window.matchMedia("(max-width: 1000px)").matches && !map.printing;
+  panel.hidden = false;
   if (!narrow) return;
   const row = [...body.rows].find((r) => r.dataset.index === String(state.selected));
-  detail.hidden = !row && state.picked !== true;
+  panel.hidden = !row;
   if (!row) return;
-  detail.hidden = false;
   body.closest(".scroll").style.setProperty("--detail-width", `${body.closest(".scroll").clientWidth}px`);
-  row.after(h("tr", { class: "detail-row" }, h("td", { colspan: COLUMNS.length }, detail)));
+  row.after(h("tr", { class: "detail-row" }, h("td", { colspan: COLUMNS.length }, panel)));
 }
 
 function paintDetail() {
-  const site = sites[state.selected], detail = byId("detail");
+  const site = sites[state.selected];
   if (!site) {
-    detail.replaceChildren(h("p", { class: "soft" }, "Choose a row to see its histogram, its history and why the plan treats it so."));
+    panel.replaceChildren(h("p", { class: "soft" }, "Choose a row to see its histogram, its history and why the plan treats it so."));
     return;
   }
   if (!site.answer || state.role !== "all" || state.filter) site.answer = ask(site, state.format, state.k);
@@ -166,7 +169,7 @@ function paintDetail() {
   const bars = s("svg", { role: "img", "aria-label": `Histogram of ${site.name} by powers of two` });
   const line = s("svg", { role: "img", "aria-label": `Largest magnitude of ${site.name} over the steps` });
   const readout = h("div", { class: "small soft" });
-  detail.replaceChildren(...[
+  panel.replaceChildren(...[
     h("h3", { class: "mono" }, site.short),
     h("div", { class: "roles" }, kin.map((t) => h("button", { type: "button", "aria-pressed": String(t.index === site.index), onclick: () => choose(t.index, "roles") }, t.role.replace("_", " ")))),
     h("dl", {}, pairs.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])),
@@ -179,7 +182,7 @@ function paintDetail() {
     const points = site.logs.map((v, i) => [DATA.steps[i], v]), limit = Math.log2(state.format.max) - state.k;
     const seen = site.logs.filter((v) => v !== null), near = limit - Math.max(...seen) < 8;
     lineChart(line, [{ name: "log2 amax", color: "var(--normal)", points }], {
-      height: 110, ticks: (lo, hi, n) => niceTicks(lo, hi, n).filter(Number.isInteger), yText: (v) => `2^${v}`, marks: site.broken.map((i) => DATA.steps[i]),
+      height: 110, ticks: (lo, hi, n) => niceTicks(lo, hi, n).filter(Number.isInteger), yText: pow2, marks: site.broken.map((i) => DATA.steps[i]),
       range: [Math.floor(Math.min(...seen)), Math.ceil(Math.max(...seen, Math.min(...seen) + 1))],
       lines: [{ y: limit, include: near, text: `${state.format.name} ends`, color: "var(--overflow)" }],
     });

@@ -52,7 +52,7 @@ function listen() {
   byId("controls").addEventListener("submit", (event) => event.preventDefault());
   byId("formats").addEventListener("change", (event) => set({ format: FORMATS[event.target.value] }));
   byId("other").addEventListener("change", (event) => event.target.value && set({ format: FORMATS[event.target.value] }));
-  byId("role").addEventListener("change", (event) => set({ role: event.target.value, shown: 100 }));
+  byId("role").addEventListener("change", (event) => set({ role: event.target.value, shown: FEW }));
   byId("scale").addEventListener("input", (event) => { state.k = Number(event.target.value); later(); });
   byId("scale-reset").addEventListener("click", () => set({ k: 0 }));
   byId("filter").addEventListener("input", (event) => { state.filter = event.target.value; later(); });

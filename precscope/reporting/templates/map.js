@@ -141,7 +141,7 @@ function drawRulers(state, colors) {
   context.textAlign = "center";
   const every = [5, 10, 20, 40].find((step) => step * map.cell > 46) || 40;
   for (let e = Math.ceil(map.lo / every) * every; e <= map.hi; e += every) {
-    if (map.x(e) < map.width - 16) context.fillText(e === 0 ? "1" : `2^${e}`, map.x(e), height - 11);
+    if (map.x(e) < map.width - 16) context.fillText(e === 0 ? "1" : pow2(e), map.x(e), height - 11);
     context.fillRect(map.x(e), height - 3, 1, 3);
   }
   context.textAlign = "left";
@@ -161,7 +161,7 @@ function drawRuler(context, fmt, y, state, colors) {
   if (edge.normal >= map.lo && edge.normal <= map.hi) context.fillRect(middle - 1, y - 5, 2, 10);
   context.font = `10.5px ${cssVar("--sans")}`;
   context.fillStyle = chosen ? colors.ink : colors.soft;
-  const most = number(fmt.max), least = `2^${fmt.emin - fmt.p}`;
+  const most = number(fmt.max), least = pow2(fmt.emin - fmt.p);
   if (edge.max <= map.hi && edge.max >= map.lo && right + context.measureText(most).width + 8 < map.width) context.fillText(most, right + 5, y + 0.5);
   if (edge.subnormal >= map.lo && edge.subnormal <= map.hi) {
     const width = context.measureText(least).width;
@@ -183,7 +183,7 @@ function arrow(context, x, y, direction, color) {
 function describeMap(state) {
   const over = map.rows.filter((site) => site.answer.overflowHi > 0).length;
   const flushed = map.rows.filter((site) => site.answer.flushed > DATA.limits.flushed).length;
-  return `${map.rows.length} tensors in ${state.format.name} at scale 2^${state.k}: ${over} overflow or may, ${flushed} flush more than ${percent(DATA.limits.flushed)}% to zero. The same figures are in the table below.`;
+  return `${map.rows.length} tensors in ${state.format.name} at scale ${pow2(state.k)}: ${over} overflow or may, ${flushed} flush more than ${percent(DATA.limits.flushed)}% to zero. The same figures are in the table below.`;
 }
 
 function watchMap(state, choose) {
@@ -195,7 +195,7 @@ function watchMap(state, choose) {
     const site = siteAt(event);
     if (!site) return void (tip.hidden = true);
     const e = Math.floor(map.lo + (event.clientX - canvas.getBoundingClientRect().left - map.label) / map.cell), n = site.counts[e - site.lo];
-    tip.textContent = site.name + (e >= map.lo && n ? ` · ${percent(n / site.finite)}% in 2^${e}..2^${e + 1}` : ` · amax ${number(site.amax)}`);
+    tip.textContent = site.name + (e >= map.lo && n ? ` · ${percent(n / site.finite)}% from ${pow2(e)} to ${pow2(e + 1)}` : ` · amax ${number(site.amax)}`);
     tip.hidden = false;
     tip.style.left = `${Math.min(event.clientX + 14, window.innerWidth - tip.offsetWidth - 8)}px`;
     tip.style.top = `${event.clientY + 16}px`;

@@ -33,10 +33,9 @@ function interval(lo, hi) {
   return low === high ? low : `${low}..${high}`;
 }
 
-function powerOfTwo(x) {
-  const k = Math.log2(x);
-  return x > 0 && Number.isFinite(x) && Number.isInteger(k) ? `2^${k}` : number(x);
-}
+// Powers of two as they are written: 2^-14 becomes 2 with a raised -14.
+const RAISED = { "-": "⁻", 0: "⁰", 1: "¹", 2: "²", 3: "³", 4: "⁴", 5: "⁵", 6: "⁶", 7: "⁷", 8: "⁸", 9: "⁹" };
+const pow2 = (k) => "2" + [...String(k)].map((c) => RAISED[c] || c).join("");
 
 function shorten(text, width) {
   if (text.length <= width) return text;

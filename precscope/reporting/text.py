@@ -1,0 +1,248 @@
+"""Tables and verdicts as plain text: good in 80 columns, in a pipe and in CI logs; Markdown for pull requests.
+
+No colour codes and no cut figures: where a table is too wide, names lose their middle and reasons wrap.
+"""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .numbers import MISSING, bytes_text, count_text, figure, fixed, interval, number, percent, plural, shorten
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ..comparison import RunRow
+    from ..plans import PrecisionPlan
+    from .view import PlanRow, View
+
+_MARKS = {"good": "+", "care": "!", "bad": "X", "note": "-"}
+_MARKDOWN_MARKS = {"good": "✅", "care": "⚠️", "bad": "❌", "note": "ℹ️"}
+
+
+def compare_table(rows: Iterable[RunRow], *, width: int | None = None) -> str:
+    """Training runs side by side: final losses, time per step, speed against the baseline, memory, trouble.
+
+    width: columns to fill at most; default the terminal's, 80 where there is none.
+    """
+    rows = list(rows)
+    head = ("run", "train", "held-out", "change", "ms/step", "speed", "memory", "skip", "inf", "low")
+    body = [
+        (
+            r.run if r.status in ("done", "?") else f"{r.run} ({r.status})",
+            figure(r.train_loss),
+            figure(r.eval_loss),
+            _signed(r.eval_change),
+            figure(r.step_time_ms),
+            f"{r.speed:.2f}x" if r.speed == r.speed else MISSING,
+            bytes_text(r.peak_memory_bytes),
+            str(r.skipped_steps),
+            str(r.nonfinite_steps),
+            f"{100 * r.low_precision_flops:.0f}%" if r.low_precision_flops == r.low_precision_flops else MISSING,
+        )
+        for r in rows
+    ]
+    notes = [f"{r.run}: {r.note}" for r in rows if r.note]
+    key = "train, held-out: final losses; skip, inf: skipped and non-finite steps; low: FLOPs in low precision"
+    lines = [*columns(head, body, width=width), *_wrapped([*notes, key], width)]
+    return "\n".join(lines)
+
+
+def ask_table(table: pd.DataFrame, *, total: int | None = None, width: int | None = None) -> str:
+    """The rows of Profile.ask as text, in their order. Shares are percent of all values.
+
+    total: rows there are in all, where `table` holds the first of them. width: as in compare_table.
+    """
+    if not len(table):
+        return "no recorded tensor matches"
+    priced = bool(table.loss_noise.notna().any())
+    head = ["tensor", "amax", "overflow %", "flushed %", "subnormal %", "SQNR dB", *(["noise"] if priced else [])]
+    body = []
+    for row in table.itertuples(index=False):
+        cells = [
+            _site(row), number(row.amax), interval(row.overflow_lo, row.overflow_hi), percent(row.flushed),
+            percent(row.subnormal), fixed(row.sqnr_db),
+        ]  # fmt: skip
+        body.append([*cells, *([number(row.loss_noise)] if priced else [])])
+    lines = columns(head, body, width=width)
+    if total is not None and total > len(table):
+        lines.append(f"the first {len(table)} of {total} tensors; --rows 0 prints all")
+    broken = int((table.nonfinite > 0).sum())
+    if broken:
+        lines.append(
+            f"inf or NaN was recorded in {plural(broken, 'of these tensors') if broken > 1 else '1 of these tensors'}"
+        )
+    return "\n".join(lines)
+
+
+def plan_table(plan: PrecisionPlan | Sequence[PlanRow], *, width: int | None = None) -> str:
+    """A plan as text: module, compute, and the first reason of each; siblings that agree share a row.
+
+    plan: a PrecisionPlan (its own entries, with parameters) or the rows of View.plan (all modules, with FLOPs).
+    """
+    from ..plans import PrecisionPlan
+    from .view import PlanRow, group_rows
+
+    if isinstance(plan, PrecisionPlan):
+        entries = [
+            PlanRow(n, "", p.compute, p.params, p.policy, None, None, tuple(map(str, p.reasons)))
+            for n, p in plan.modules.items()
+        ]
+        body = [(r.label, r.compute, r.params, _first(r.reasons)) for r in group_rows(entries)]
+        body.insert(0, ("default", plan.default.compute, plan.default.params, _first(plan.default.reasons)))
+        return "\n".join(columns(("module", "compute", "params", "why"), body, left=(0, 1, 2, 3), wrap=3, width=width))
+    rows = [(r.label, r.compute, percent(r.flops_share), r.reasons[0] if r.reasons else "") for r in group_rows(plan)]
+    return "\n".join(columns(("module", "compute", "FLOPs %", "why"), rows, left=(0, 1, 3), wrap=3, width=width))
+
+
+def verdict_text(view: View, *, width: int | None = None) -> str:
+    """The verdict, the comparison and the modules kept high, as text."""
+    width = _width(width)
+    lines = [view.title, "=" * min(len(view.title), width), *textwrap.wrap(view.subtitle, width), ""]
+    lines += [*textwrap.wrap(view.lead, width), ""]
+    for s in view.statements:
+        lines += textwrap.wrap(s.text, width, initial_indent=f"{_MARKS[s.kind]} ", subsequent_indent="  ")
+        for item in s.items:
+            lines += textwrap.wrap(
+                item, width, initial_indent="    ", subsequent_indent="      ", break_long_words=True
+            )
+    if view.runs:
+        lines += ["", compare_table(view.runs, width=width)]
+    kept = [row for row in view.plan if not row.low]
+    if kept and len(kept) < len(view.plan):
+        lines += ["", f"Kept in high precision ({len(kept)} of {plural(len(view.plan), 'module')}):"]
+        lines.append(plan_table(kept, width=width))
+    lines += ["", f"next ({view.next_step[0].lower()}{view.next_step[1:]}):", f"  {view.next_command}"]
+    return "\n".join(lines)
+
+
+def markdown(view: View) -> str:
+    """The verdict, the comparison and the plan in GitHub's Markdown, for a pull request."""
+    lines = [f"## {_md(view.title)}", "", _md(view.subtitle), "", f"**{_md(view.lead)}**", ""]
+    for s in view.statements:
+        lines.append(f"- {_MARKDOWN_MARKS[s.kind]} {_md(s.text)}")
+        lines += [f"  - {_md(item)}" for item in s.items]
+    if view.runs:
+        head = (
+            "run",
+            "precision",
+            "train loss",
+            "held-out loss",
+            "ms/step",
+            "speed",
+            "memory",
+            "skipped",
+            "non-finite",
+        )
+        body = [
+            (
+                r.run, r.precision, figure(r.train_loss),
+                figure(r.eval_loss) + ("" if r.run == view.baseline else f" ({_signed(r.eval_change)})"),
+                figure(r.step_time_ms), f"{r.speed:.2f}x" if r.speed == r.speed else MISSING,
+                bytes_text(r.peak_memory_bytes), str(r.skipped_steps), str(r.nonfinite_steps),
+            )
+            for r in view.runs
+        ]  # fmt: skip
+        lines += ["", "### Training", "", *_md_table(head, body, numeric=range(2, len(head)))]
+    if view.plan:
+        from .view import group_rows
+
+        head = ("module", "type", "compute", "parameters", "FLOPs %", "why")
+        body = [
+            (
+                r.label, r.type, r.compute, f"{count_text(r.parameters)} {r.params}" if r.parameters else "",
+                percent(r.flops_share), r.reasons[0] if r.reasons else "",
+            )
+            for r in group_rows(view.plan)
+        ]  # fmt: skip
+        state = "confirmed" if view.confirmed else "predicted, not confirmed"
+        summary = f"Plan ({state}): " + ", ".join(f"{f} {percent(x)}%" for f, x in view.shares.items())
+        lines += [
+            "",
+            f"<details><summary>{_md(summary)}</summary>",
+            "",
+            *_md_table(head, body, numeric=(4,)),
+            "",
+            "</details>",
+        ]
+    lines += ["", f"Next: {view.next_step[0].lower()}{view.next_step[1:]}, `{view.next_command.replace('`', '')}`"]
+    return "\n".join(lines) + "\n"
+
+
+def columns(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    left: Sequence[int] = (0,),
+    wrap: int | None = None,
+    width: int | None = None,
+) -> list[str]:
+    """Lines of a table. Column 0 holds names and is shortened in the middle where the width does not suffice; column
+    `wrap` breaks into lines; all others are printed in full. left: columns that are aligned to the left."""
+    width = _width(width)
+    rows = [[_clean(c) for c in row] for row in rows]
+    sizes = [max(len(h), *(len(r[i]) for r in rows)) if rows else len(h) for i, h in enumerate(head)]
+    room = width - 2 * (len(head) - 1) - sum(s for i, s in enumerate(sizes) if i not in (0, wrap))
+    if wrap is None:
+        sizes[0] = max(min(sizes[0], room), 8)
+    else:
+        sizes[0] = max(min(sizes[0], room * 45 // 100), 8)
+        sizes[wrap] = max(min(sizes[wrap], room - sizes[0]), 16)
+    lines = [_line(head, sizes, left), "  ".join("-" * s for s in sizes)]
+    for row in rows:
+        cells = [shorten(row[0], sizes[0]), *row[1:]]
+        said = textwrap.wrap(row[wrap], sizes[wrap]) or [""] if wrap is not None else [""]
+        for n, part in enumerate(said):
+            shown = cells if n == 0 else [""] * len(cells)
+            if wrap is not None:
+                shown = [part if i == wrap else c for i, c in enumerate(shown)]
+            lines.append(_line(shown, sizes, left))
+    return lines
+
+
+def _line(cells: Sequence[str], sizes: Sequence[int], left: Sequence[int]) -> str:
+    aligned = [c.ljust(n) if i in left else c.rjust(n) for i, (c, n) in enumerate(zip(cells, sizes, strict=True))]
+    return "  ".join(aligned).rstrip()
+
+
+def _width(width: int | None) -> int:
+    """The width asked for, else the terminal's between 60 and 120, 80 where there is none."""
+    return width if width is not None else min(max(shutil.get_terminal_size((80, 24)).columns, 60), 120)
+
+
+def _wrapped(lines: Iterable[str], width: int | None) -> list[str]:
+    return [part for line in lines for part in textwrap.wrap(_clean(line), _width(width), subsequent_indent="  ")]
+
+
+def _clean(text: str) -> str:
+    """One line without control characters: a name cannot move the cursor or forge a row."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _site(row: Any) -> str:
+    tensor = f"[{row.tensor}]" if getattr(row, "tensor", "") else ""
+    return f"{row.module or '(root)'}{f'#{row.call}' if row.call else ''}.{row.role}{tensor}"
+
+
+def _first(reasons: Sequence[Any]) -> str:
+    return str(reasons[0]) if reasons else ""
+
+
+def _signed(change: float) -> str:
+    return f"{100 * change:+.2f}%" if change == change else MISSING
+
+
+def _md(text: str) -> str:
+    """Text that Markdown and HTML leave alone."""
+    for c in "\\`*_[]|":
+        text = text.replace(c, "\\" + c)
+    return _clean(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _md_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numeric: Iterable[int]) -> list[str]:
+    right = set(numeric)
+    rule = "|".join("---:" if i in right else "---" for i in range(len(head)))
+    return ["| " + " | ".join(head) + " |", f"|{rule}|", *("| " + " | ".join(map(_md, row)) + " |" for row in rows)]
