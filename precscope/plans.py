@@ -390,7 +390,9 @@ class PrecisionPlan(_Value):
         if not isinstance(data, dict) or "schema" not in data:
             raise PlanError(f'not a plan: a plan is a JSON object with "schema": {SCHEMA}, "default" and "modules"')
         number = data["schema"]
-        if isinstance(number, int) and number > SCHEMA:
+        if type(number) is not int:
+            raise PlanError(f"schema: got {number!r}; allowed: {SCHEMA}")
+        if number > SCHEMA:
             raise PlanError(f"schema {number} is newer than this precscope reads ({SCHEMA}): upgrade precscope")
         return cls(**data)
 

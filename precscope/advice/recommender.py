@@ -140,7 +140,8 @@ def _layer(
     compute = solution.choice[unit.name]
     reasons: list[Reason] = []
     for fmt in formats:
-        for reason in verdicts.forbidden.get((unit.name, fmt), ())[:2]:
+        found = verdicts.forbidden.get((unit.name, fmt), ())
+        for reason in sorted(found, key=lambda r: -r.numbers.get("amax", 0.0))[:2]:
             if reason.code != "cost":
                 reasons.append(reason.model_copy(update={"text": f"not {fmt}: {reason.text}"}))
     reasons.append(_cost_reason(unit, compute, formats, verdicts, costs))

@@ -58,7 +58,9 @@ def figure(x: float | None) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share as percent without the sign: 0.1234567 -> "12.35"."""
+    """A share as percent without the sign: 0.1234567 -> "12.35"; "<0.0001" below one in a million."""
+    if share is not None and 0 < share < 1e-6:
+        return "<0.0001"
     return number(None if share is None else 100 * share)
 
 

@@ -113,10 +113,12 @@ function siteHistogram(svg, site, fmt, k) {
   }
 }
 
-// What the format does to binade e of a site: a colour's name.
+// What the format does to binade e of a site: a colour's name. The format's top binade overflows in part: it counts
+// where no value lies beyond it.
 function region(site, fmt, k, e) {
   const scaled = e + k;
-  if (scaled > fmt.emax || (scaled === fmt.emax && overflows(site.amax, fmt, k))) return "overflow";
+  if (scaled > fmt.emax) return "overflow";
+  if (scaled === fmt.emax && binadeOf(site.amax) === e && overflows(site.amax, fmt, k)) return "overflow";
   if (scaled < fmt.emin - fmt.p - 1) return "flushed";
   return scaled < fmt.emin ? "subnormal" : "normal";
 }

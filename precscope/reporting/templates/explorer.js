@@ -2,6 +2,7 @@
 // The what-if explorer: one state, one repaint. Every control changes `state` and calls `repaint`.
 
 const FORMATS = Object.fromEntries(DATA.formats.map((f) => [f.name, f]));
+const NAME = window.matchMedia("(max-width: 560px)").matches ? 20 : 32;
 const FEW = window.matchMedia("(max-width: 1000px)").matches ? 20 : 40;
 const state = { format: FORMATS[DATA.choice.format], k: 0, role: DATA.choice.role, filter: "", sort: "word", down: true, selected: -1, shown: FEW, allRoles: false };
 const sites = DATA.sites.map(readSite);
@@ -120,7 +121,7 @@ function fillRow(row, site) {
   if (row.dataset.index !== String(site.index)) {
     row.dataset.index = site.index;
     const button = row.cells[0].firstChild, role = row.cells[0].lastChild;
-    button.textContent = shorten(site.short, 38);
+    button.textContent = shorten(site.short, NAME);
     button.title = site.name;
     role.textContent = state.allRoles ? site.role.replace("_", " ") : "";
   }

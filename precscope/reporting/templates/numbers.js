@@ -19,7 +19,10 @@ function number(x) {
   return `${sign}${stripZeros(mantissa)}e${Number(exponent)}`;
 }
 
-const percent = (share) => number(share === null || share === undefined ? null : 100 * share);
+function percent(share) {
+  if (share > 0 && share < 1e-6) return "<0.0001";
+  return number(share === null || share === undefined ? null : 100 * share);
+}
 
 function fixed(x, digits = 1) {
   if (x === null || x === undefined || Number.isNaN(x)) return MISSING;
