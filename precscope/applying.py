@@ -425,21 +425,37 @@ def _bits(tensor: Tensor) -> Tensor:
 # The planned forward
 
 
+_functions: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+"""Forward of a class -> its planned forward."""
+
+
 def _install(module: nn.Module) -> None:
-    """Give `module` its planned forward, under the signature of its own (which data collators and exporters read)."""
-    spec: _Spec = getattr(module, _MARK)
+    """Give `module` its planned forward, bound to it."""
+    spec: _Spec = module.__dict__[_MARK]
     spec.previous = module.__dict__.get("forward")
-    # A code object of its own: torch.compile counts recompilations per code object, and modules differ.
-    function = types.FunctionType(_planned_forward.__code__.replace(), _planned_forward.__globals__, "forward")
-    setattr(function, _MARK, True)
-    function.__doc__ = module.forward.__doc__
-    try:
-        own = inspect.signature(module.forward)
-        itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        function.__signature__ = own.replace(parameters=[itself, *own.parameters.values()])  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
-        pass  # a callable that does not tell its signature
+    own = type(module).forward
+    if spec.previous is not None:
+        function = _planned_function(spec.previous, bound=True)
+    elif (function := _functions.get(own)) is None:
+        function = _functions[own] = _planned_function(own, bound=False)
     module.__dict__["forward"] = types.MethodType(function, module)
+
+
+def _planned_function(own: Callable[..., Any], *, bound: bool) -> Any:
+    """`_planned_forward` under the signature of `own`, which data collators and exporters read. All share one code
+    object, so that torch.compile compiles it once for modules that run alike."""
+    function: Any = types.FunctionType(_planned_forward.__code__, _planned_forward.__globals__, "forward")
+    setattr(function, _MARK, True)
+    function.__doc__ = own.__doc__
+    try:
+        signature = inspect.signature(own)
+    except (TypeError, ValueError):
+        return function  # a callable that does not tell its signature
+    if bound:
+        itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        signature = signature.replace(parameters=[itself, *signature.parameters.values()])
+    function.__signature__ = signature
+    return function
 
 
 def _planned_forward(self, *args, **kwargs):
@@ -478,8 +494,9 @@ def _own_forward(module: nn.Module, spec: _Spec, args: tuple, kwargs: dict) -> A
 
 def _run(module: nn.Module, spec: _Spec, args: tuple, kwargs: dict) -> Any:
     """The module's forward on cast inputs, with cast tensors where storage and compute differ."""
-    cast = partial(_cast_input, kind=spec.kind, dtype=spec.dtype)
-    args, kwargs = _map(args, cast), _map(kwargs, cast)
+    if kwargs or not _fit(args, spec.dtype):
+        cast = partial(_cast_input, kind=spec.kind, dtype=spec.dtype)
+        args, kwargs = _map(args, cast), _map(kwargs, cast)
     if not spec.swap and spec.fp8 is None:
         return _own_forward(module, spec, args, kwargs)
     swapped: list[_Swap] = []
@@ -502,7 +519,7 @@ class _Swap(NamedTuple):
     """`seen` stands for `stored` in table[name] for a while. version: of `seen` at first, None where writes leave no
     count. merge: writes to it are brought back."""
 
-    table: dict[str, Any]
+    table: dict[str, Any]  # a module's _parameters or _buffers
     name: str
     stored: Tensor
     seen: Tensor
@@ -610,6 +627,14 @@ def _cast_input(tensor: Tensor, *, kind: str, dtype: torch.dtype) -> Tensor:
 
 def _round_input(tensor: Tensor, *, fmt: str) -> Tensor:
     return fake_quantise(tensor, fmt) if tensor.is_floating_point() else tensor
+
+
+def _fit(args: tuple, dtype: torch.dtype) -> bool:
+    """Whether all are tensors of the dtype already: the common case, worth a short cut."""
+    for value in args:  # noqa: SIM110 (torch.compile and speed: no generator)
+        if not isinstance(value, Tensor) or value.dtype is not dtype:
+            return False
+    return True
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import RunDirectoryError, UsageError
+from .errors import PrecscopeError, RunDirectoryError, UsageError
+from .plans import PrecisionPlan
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,10 +116,24 @@ def _row(run: dict[str, Any], base: dict[str, Any]) -> RunRow:
         peak_memory_bytes=_number(run, "peak_memory_bytes"),
         skipped_steps=int(log.skipped.sum()) if len(log) else 0,
         nonfinite_steps=int(log.nonfinite.sum()) if len(log) else 0,
-        low_precision_flops=_number(run, "low_precision_flops_share"),
+        low_precision_flops=_low_share(run),
         status=str(run.get("status", "?")),
         note="; ".join(run.get("notes", [])),
     )
+
+
+def _low_share(run: dict[str, Any]) -> float:
+    """Share of the FLOPs in formats narrower than tf32: autocast runs every matrix product low, a plan says itself."""
+    precision = run.get("precision")
+    if precision in ("fp32", "tf32"):
+        return 0.0
+    if precision in ("bf16", "fp16"):
+        return 1.0
+    try:
+        made_from = PrecisionPlan.load(Path(run["path"]) / "plan.json").made_from
+    except PrecscopeError:
+        return NAN
+    return _number(made_from, "low_precision_flops_share")
 
 
 def _train_loss(log: pd.DataFrame, last: int = 10) -> float:

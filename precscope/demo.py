@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from .comparison import Comparison, compare
 from .plans import PrecisionPlan
-from .store import update_json
 
 if TYPE_CHECKING:
     from .progress import Progress
@@ -86,7 +85,6 @@ def run(
     plan_path = out / "plan.json"
     plan.save(plan_path)
     train(task(), out=out / "plan", plan=plan, progress=progress.run("plan"), **common)
-    _note_flop_shares(out, plan)
     runs = [out / name for name in ("fp32", "bf16", "fp16", "plan")]
     comparison = compare(runs)
     path = write_report(profile, out=report, plan=plan, runs=runs, title="precscope demo: a byte-level GPT")
@@ -100,13 +98,6 @@ def _steps_that_fit(task: Any, probe: int = 4) -> int:
 
     result = train(task, steps=probe, precision="fp32", eval_limit=1)
     return max(20, min(_MOST_STEPS, int(_BUDGET_S / (4 * result.step_time_ms / 1e3))))
-
-
-def _note_flop_shares(out: Path, plan: PrecisionPlan) -> None:
-    """Autocast runs every matrix product low, fp32 none, the plan what its units say."""
-    shares = {"fp32": 0.0, "bf16": 1.0, "fp16": 1.0, "plan": plan.made_from["low_precision_flops_share"]}
-    for name, share in shares.items():
-        update_json(out / name / "run.json", {"low_precision_flops_share": share})
 
 
 def _findings(comparison: Comparison, plan: PrecisionPlan) -> tuple[str, ...]:

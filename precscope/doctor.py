@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 PACKAGES = (
-    "precscope", "torch", "numpy", "pandas", "pyarrow", "scipy", "numba", "triton", "plotly", "transformers", "torchao",
+    "precscope", "torch", "numpy", "pandas", "pyarrow", "scipy", "numba", "triton", "transformers", "torchao",
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .formats import FloatFormat
 
@@ -55,7 +55,7 @@ def mean_square(points: NDArray[np.float64]) -> NDArray[np.float64]:
     return 7 / 3 - 1.5 / points + 1 / (6 * points * points)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def rounding_table(
     fmt: FloatFormat, *, scale_exponent: int = 0, source: FloatFormat | None = None, source_exponent: int = 0
 ) -> RoundingTable:
@@ -88,8 +88,8 @@ def rounding_table(
     finer = np.exp2(-np.maximum(ulp - step, 0).astype(float))  # 1/N = 2^-j
     uniform = np.where(finer < 1, (1 + 2 * finer**2) / 12, 0.0)
     uniform = np.where(lowest_binade, (1 + 3 * finer + 2 * finer**2) / 12, uniform)
-    energy = np.ldexp(mean_square(points), 2 * BINADES)
-    rounded = np.ldexp(uniform, 2 * np.minimum(ulp - k, BINADES + 1))  # beyond that, all is flushed
+    energy = ldexp(mean_square(points), 2 * BINADES)
+    rounded = ldexp(uniform, 2 * np.minimum(ulp - k, BINADES + 1))  # beyond that, all is flushed
     lowest_tie = np.where(lowest_binade, 1 / points, 0.0)  # the share of that binade that lies at exactly half an ulp
     return RoundingTable(
         overflows=(~in_range).astype(float),
@@ -101,6 +101,11 @@ def rounding_table(
         energy=energy,
         first_cell=0.75 if source is not None and lowest - k - source_exponent >= source.emin else 1.0,
     )
+
+
+def ldexp(x: ArrayLike, exponent: ArrayLike) -> NDArray[np.float64]:
+    """x * 2^exponent, elementwise and exact; numpy's own takes no 64-bit exponents on every system."""
+    return np.ldexp(x, np.asarray(exponent).astype(np.intc))
 
 
 def shift_bins(counts: NDArray, k: int) -> NDArray:
@@ -136,12 +141,12 @@ def answer(
     are, zeros and non-finite ones included. amax, amin: [S], largest finite and smallest finite non-zero magnitude.
     sumsq: [S], over the finite values. weights: [S, BINS] or None, sums of squared loss gradients per bin.
     """
-    counts = counts.astype(float)
-    finite = counts.sum(axis=1)
-    lo, hi = _overflow_bounds(counts, amax, amin, fmt, scale_exponent, table)
-    ties = _more_ties(counts, fmt, scale_exponent, table)
-    flushed, subnormal = counts @ table.flushed + ties, counts @ table.subnormal - ties
-    signal, noise = _signal_and_noise(counts, sumsq, lo, hi, fmt, table)
+    bins = counts.astype(float)
+    finite = bins.sum(axis=1)
+    lo, hi = _overflow_bounds(bins, amax, amin, fmt, scale_exponent, table)
+    ties = _more_ties(bins, fmt, scale_exponent, table)
+    flushed, subnormal = bins @ table.flushed + ties, bins @ table.subnormal - ties
+    signal, noise = _signal_and_noise(bins, sumsq, lo, hi, fmt, table)
 
     # All magnitudes equal (a norm's initial weight, a mask): nothing is left to estimate.
     alone = np.flatnonzero((amax == amin) & (finite > 0))
@@ -206,7 +211,7 @@ def _overflow_bounds(
 def _overflows(magnitude: NDArray[np.float64], fmt: FloatFormat, k: int) -> NDArray[np.bool_]:
     """Whether finite magnitudes times 2^k round beyond the largest finite value: fmt.overflows over an array."""
     with np.errstate(over="ignore", under="ignore"):
-        scaled = np.ldexp(magnitude, k)
+        scaled = ldexp(magnitude, k)
     beyond = scaled >= fmt.overflow_from if fmt.overflow_at_midpoint else scaled > fmt.overflow_from
     return beyond & np.isfinite(magnitude)
 
@@ -238,9 +243,9 @@ def _round_exactly(magnitude: NDArray[np.float64], fmt: FloatFormat, k: int) -> 
     """Whether each magnitude times 2^k is flushed, and its squared rounding error in units before the scale."""
     _, exponent = np.frexp(magnitude)
     ulp = np.maximum(exponent - 1 + k, fmt.emin) - fmt.precision - k  # of the magnitude before the scale
-    steps = np.ldexp(magnitude, -ulp)
+    steps = ldexp(magnitude, -ulp)
     rounded = np.rint(steps)
-    return rounded == 0, np.ldexp(steps - rounded, ulp) ** 2
+    return rounded == 0, ldexp(steps - rounded, ulp) ** 2
 
 
 def swallowed_share(

@@ -131,7 +131,7 @@ class LayerPrecision(_Value):
         return self.compute, "autocast" if self.compute in ("fp32", "tf32") else self.policy, self.params
 
     def __str__(self) -> str:
-        words = [self.compute]
+        words: list[str] = [self.compute]
         if self.precision[1] == "cast":
             words.append("cast")
         if self.params != "fp32":
@@ -200,7 +200,7 @@ class PrecisionPlan(_Value):
     made_from: run, limits, versions. Raises PlanError, one line that names the field and what is allowed.
     """
 
-    schema_number: Annotated[Literal[1], Field(alias="schema")] = SCHEMA
+    schema_number: Annotated[Literal[1], Field(alias="schema")] = 1
     default: Annotated[LayerPrecision, BeforeValidator(_layer)] = LayerPrecision()
     modules: Annotated[
         dict[str, LayerPrecision],

@@ -9,10 +9,11 @@ so far below the smallest subnormal that it counts as 0 anyway underflows.
 Scale. Rounding with scale 2^k is rounding to a format whose exponents all lie k lower, so nothing is multiplied by the
 scale and nothing can overflow on the way.
 
-Speed. On CPU a large tensor is worked through in pieces that stay in cache, so that a handful of operations cost about
-one pass over memory. Overflow is looked for with one read before anything is written. fp16 and bf16 in their plain form
-are torch's own casts, except from float64 (torch casts float64 to float16 through float32 and so rounds twice) and
-except under torch.compile, which removes such pairs of casts. There the same operations fuse into one kernel.
+Speed. fp16 and bf16 in their plain form are torch's own casts, with two exceptions: from float64 (torch casts float64
+to float16 through float32 and so rounds twice) and under torch.compile (which removes such pairs of casts). All else on
+CPU is worked through in pieces that stay in cache, so that a handful of operations cost about one pass over memory, and
+overflow is first looked for with one read. On other devices each operation is a pass of its own; torch.compile fuses
+them into one.
 
 The rules for NaN, inf, overflow, -0 and the three roundings are those of `reference`, the scalar twin.
 """
@@ -31,7 +32,7 @@ from .reference import check_rounding, check_scale_exponent
 
 _CONTAINERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _CASTS = {get_format("fp16"): torch.float16, get_format("bf16"): torch.bfloat16}
-_PIECE = 2**18  # elements; three float32 buffers of that size stay in a second-level cache or close to it
+_PIECE = 2**19  # elements: the few float32 buffers of that size stay in cache; smaller pieces only cost more barriers
 
 
 def quantize(
@@ -54,8 +55,8 @@ def quantize(
     generator: where "stochastic" draws from, on the device of x. The same seed, shape and layout give the same result.
     straight_through: the gradient passes unchanged. Otherwise the result is cut off from the graph.
 
-    The result is exact. Only where a value of the format lies beyond the range of x's dtype it is stored as that
-    dtype's inf: float16 65504 rounded to bf16 is 65536, which float16 cannot hold. NaN stays NaN for every format.
+    The result is exact, and x's dtype holds it, save at the top of its range: float16 65504 rounded to bf16 is 65536,
+    which float16 can only store as inf. NaN stays NaN for every format.
 
     Raises FormatError for an unknown format; UsageError for another dtype, rounding, scale or device of the generator.
     """
@@ -145,10 +146,14 @@ def _rounder(fmt: FloatFormat, rounding: str, saturate: bool, scale_exponent: in
 def _round(x: Tensor, rounder: _Rounder, generator: torch.Generator | None) -> Tensor:
     """Round `x`, which carries no graph: in one go, or on CPU in pieces that stay in cache."""
     x = x.resolve_neg()
-    # Looping over pieces and looking at values need real memory: not while torch.compile traces, not on fake tensors.
-    host = x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+    compiling = torch.compiler.is_compiling()
     if x.numel() == 0:
         return torch.empty_like(x)
+    # torch.compile takes float32 -> float16 -> float32 for a detour and drops the rounding with it.
+    if rounder.cast is not None and x.dtype is not torch.float64 and not compiling:
+        return x.to(rounder.cast, copy=True).to(x.dtype)
+    # Looping over pieces and looking at values need real memory: not while torch.compile traces, not on fake tensors.
+    host = x.device.type == "cpu" and type(x) is Tensor and not compiling
     if not host or x.numel() <= _PIECE:
         return _round_piece(x, rounder, generator, look=host)
     order = sorted(range(x.dim()), key=x.stride, reverse=True)  # memory order, so that channels_last stays as it is
@@ -163,9 +168,6 @@ def _round(x: Tensor, rounder: _Rounder, generator: torch.Generator | None) -> T
 
 def _round_piece(x: Tensor, rounder: _Rounder, generator: torch.Generator | None, *, look: bool) -> Tensor:
     """Round `x` into a new tensor. look: values may be read on the host, to skip the marking of overflow."""
-    # torch.compile takes float32 -> float16 -> float32 for a detour and drops the rounding with it.
-    if rounder.cast is not None and x.dtype is not torch.float64 and not torch.compiler.is_compiling():
-        return x.to(rounder.cast, copy=True).to(x.dtype)
     value = x.to(rounder.working_dtype(x.dtype))
     limited = value
     if rounder.on_overflow is None or rounder.rounding == "toward_zero":
@@ -195,9 +197,8 @@ def _round_to_grid(value: Tensor, rounder: _Rounder, generator: torch.Generator 
         y.trunc_()
     else:
         toward_zero = y.trunc()
-        away = (
-            torch.rand(y.shape, dtype=torch.float64, device=y.device, generator=generator) < y.sub_(toward_zero).abs_()
-        )
+        covered = y.sub_(toward_zero).abs_()  # of the way to the neighbour away from zero, exact
+        away = torch.rand(y.shape, dtype=torch.float64, device=y.device, generator=generator) < covered
         y = toward_zero.add_(torch.copysign(away.to(value.dtype), value))
     return y.mul_(2.0**-rounder.precision).mul_(binade)
 

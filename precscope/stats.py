@@ -11,15 +11,16 @@ of steps, micro-batches and ranks combine into those of the whole. numpy only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .errors import UsageError
 from .formats import FloatFormat, get_format
-from .histogram import BINADES, BINS, EXP_HI, EXP_LO, answer, rounding_table, shift_bins
+from .histogram import BINADES, BINS, EXP_HI, EXP_LO, answer, ldexp, rounding_table, shift_bins
 
 __all__ = ["BINS", "EXP_HI", "EXP_LO", "MIXED", "NOTHING", "FormatAnswer", "StatsTable", "TensorStats"]
 
@@ -77,9 +78,9 @@ class StatsTable:
     amin_nonzero: NDArray[np.float64]
     sum: NDArray[np.float64]
     sumsq: NDArray[np.float64]
-    source: NDArray[np.object_] | Sequence[str]
+    source: NDArray[np.object_]  # any sequence of str is converted
     weights: NDArray[np.float64] | None = None
-    source_exponent: NDArray[np.int64] = field(default=None)  # type: ignore[assignment]
+    source_exponent: NDArray[np.int64] = field(default=None)  # type: ignore[arg-type]
 
     def __post_init__(self) -> None:
         names = np.empty(len(self.counts), dtype=object)
@@ -96,7 +97,7 @@ class StatsTable:
             counts=np.zeros((n, BINS), np.int64),
             zeros=ints(), pos_inf=ints(), neg_inf=ints(), nan=ints(),
             amax=floats(), amin_nonzero=np.full(n, np.inf), sum=floats(), sumsq=floats(),
-            source=[NOTHING] * n,
+            source=np.full(n, NOTHING, dtype=object),
         )  # fmt: skip
 
     @classmethod
@@ -105,7 +106,7 @@ class StatsTable:
         tables = list(tables)
         if not tables:
             return cls.empty(0)
-        columns = {f.name: [getattr(t, f.name) for t in tables] for f in fields(cls)}
+        columns: dict[str, Any] = {f.name: [getattr(t, f.name) for t in tables] for f in fields(cls)}
         if all(w is None for w in columns["weights"]):
             del columns["weights"]
         else:
@@ -133,8 +134,9 @@ class StatsTable:
         """The rows at `index` (integers or a mask), in that order; a copy."""
         index = np.asarray(index)
         index = index if index.dtype == bool else index.astype(np.int64)
-        columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        return StatsTable(**{name: None if c is None else c[index] for name, c in columns.items()})
+        columns = ((f.name, getattr(self, f.name)) for f in fields(self))
+        rows: dict[str, Any] = {name: None if column is None else column[index] for name, column in columns}
+        return StatsTable(**rows)
 
     def shift(self, k: int | ArrayLike) -> StatsTable:
         """The statistics of the values times 2^k (one k, or int [S]): exact, no rounding to the source format.
@@ -148,14 +150,14 @@ class StatsTable:
             rows = np.flatnonzero(ks == value)
             counts[rows] = shift_bins(self.counts[rows], int(value))
             if weights is not None:
-                weights[rows] = shift_bins(self.weights[rows], int(value))
+                weights[rows] = shift_bins(weights[rows], int(value))
         with np.errstate(over="ignore", under="ignore"):
             return replace(
                 self,
                 counts=counts, weights=weights,
                 zeros=self.zeros.copy(), pos_inf=self.pos_inf.copy(), neg_inf=self.neg_inf.copy(), nan=self.nan.copy(),
-                amax=np.ldexp(self.amax, ks), amin_nonzero=np.ldexp(self.amin_nonzero, ks),
-                sum=np.ldexp(self.sum, ks), sumsq=np.ldexp(self.sumsq, 2 * ks),
+                amax=ldexp(self.amax, ks), amin_nonzero=ldexp(self.amin_nonzero, ks),
+                sum=ldexp(self.sum, ks), sumsq=ldexp(self.sumsq, 2 * ks),
                 source_exponent=self.source_exponent + ks,
             )  # fmt: skip
 
@@ -244,15 +246,20 @@ class TensorStats:
     @classmethod
     def from_table(cls, table: StatsTable, index: int) -> TensorStats:
         """Row `index` of a table."""
-        values = {f.name: getattr(table, f.name) for f in fields(table)}
-        row = {name: None if column is None else column[index] for name, column in values.items()}
-        return cls(**{n: v.item() if isinstance(v, np.generic) else v if v is None or isinstance(v, str) else v.copy()
-                      for n, v in row.items()})  # fmt: skip
+        columns = ((f.name, getattr(table, f.name)) for f in fields(table))
+        row: dict[str, Any] = {name: None if column is None else column[index] for name, column in columns}
+        for name, value in row.items():
+            if isinstance(value, np.ndarray):
+                row[name] = value.copy()
+            elif isinstance(value, np.generic):
+                row[name] = value.item()
+        return cls(**row)
 
     def table(self) -> StatsTable:
         """These statistics as a StatsTable of one row."""
-        columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        return StatsTable(**{name: None if c is None else np.array([c]) for name, c in columns.items()})
+        columns = ((f.name, getattr(self, f.name)) for f in fields(self))
+        rows: dict[str, Any] = {name: None if value is None else np.array([value]) for name, value in columns}
+        return StatsTable(**rows)
 
     def __add__(self, other: TensorStats) -> TensorStats:
         if not isinstance(other, TensorStats):

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+_made: weakref.WeakSet = weakref.WeakSet()
+_init = torch.nn.Module.__init__
+
+
+def _remember(self, *args, **kwargs):
+    _init(self, *args, **kwargs)
+    _made.add(self)
+
+
+torch.nn.Module.__init__ = _remember
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
-    """No module hook, no replaced forward and no dispatch mode may outlive a test."""
+    """No module hook, no replaced forward, no dispatch mode and no autocast may outlive a test."""
     yield
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return
-    from torch.utils._python_dispatch import _get_current_dispatch_mode
-
     assert _get_current_dispatch_mode() is None, "a dispatch mode was left on"
     assert not torch.is_autocast_enabled("cpu"), "autocast was left on"
     assert not torch.nn.modules.module._global_forward_hooks, "a global forward hook was left behind"
-    left = [m for m in gc.get_objects() if issubclass(type(m), torch.nn.Module) and any(_is_ours(h) for h in _hooks(m))]
-    assert not left, f"hooks left on {[type(m).__name__ for m in left][:3]}"
+    left = [type(m).__name__ for m in list(_made) if any(_is_ours(h) for h in _hooks(m))]
+    assert not left, f"hooks left on {left[:3]}"
 
 
 def _hooks(module):

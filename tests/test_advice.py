@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from precscope.advice import Limits, recommend
-from precscope.advice.cost import CostTable, measure, save
+from precscope.advice.cost import CostTable, save
+from precscope.advice.measurement import measure
 from precscope.advice.solve import Problem, solve
 from precscope.errors import FormatError, UsageError
 from precscope.profiles import Profile

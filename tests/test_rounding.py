@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from precscope.errors import FormatError, UsageError
 from precscope.formats import FloatFormat, format_names, get_format
 from precscope.reference import quantize_scalar
-from precscope.rounding import quantize
+from precscope.rounding import _PIECE, quantize
 
-PIECE_AND_A_BIT = 2**18 + 77  # larger than what quantize works through at once
+PIECE_AND_A_BIT = _PIECE + 77  # larger than what quantize works through at once
 
 
 def bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -227,8 +227,9 @@ def test_the_twin_draws_from_the_source_given() -> None:
 
 
 @pytest.mark.parametrize("fmt", ["fp16", "bf16", "e4m3", "tf32"])
-@pytest.mark.parametrize("side", [8, 700], ids=["small", "in pieces"])
+@pytest.mark.parametrize("side", [8, 800], ids=["small", "in pieces"])
 def test_shapes_and_strides(fmt: str, side: int) -> None:
+    assert side == 8 or side**2 > _PIECE
     x = torch.randn(side, side, generator=torch.Generator().manual_seed(1)) * 300
     want = quantize(x.clone(), fmt)
     assert bits_equal(quantize(x.t(), fmt), want.t())
@@ -239,7 +240,8 @@ def test_shapes_and_strides(fmt: str, side: int) -> None:
 
 
 def test_channels_last_stays_channels_last() -> None:
-    for side in (4, 160):
+    for side in (4, 260):
+        assert side == 4 or 16 * side**2 > _PIECE
         x = torch.randn(2, 8, side, side).contiguous(memory_format=torch.channels_last)
         y = quantize(x, "e5m2")
         assert y.is_contiguous(memory_format=torch.channels_last)
@@ -271,7 +273,7 @@ def test_the_input_is_neither_changed_nor_shared(fmt: str, dtype: torch.dtype) -
 def test_overflow_in_one_piece_only() -> None:
     """The search for overflow, piece by piece, misses neither the first nor the last value."""
     x = torch.ones(2 * PIECE_AND_A_BIT)
-    for position in (0, 2**18 - 1, 2**18, x.numel() - 1):
+    for position in (0, _PIECE - 1, _PIECE, x.numel() - 1):
         for value, fmt, want in ((-1e6, "e5m2", -math.inf), (1e6, "e4m3", math.nan), (math.nan, "e5m2", math.nan)):
             one = x.clone()
             one[position] = value

@@ -78,13 +78,18 @@ def spread_float32() -> np.ndarray:
 
 @lru_cache
 def boundaries(name: str) -> np.ndarray:
-    """float64: every value of the format and of the rest of its top binade, every tie between two of them, specials."""
+    """float64: the values of the format and of the rest of its top binade, every tie between two of them, specials.
+
+    Formats of more than 64 binades: the 8 lowest, the 8 highest and every eighth between."""
     fmt = get_format(name)
+    binades = np.arange(fmt.emin, fmt.emax + 1)
+    if binades.size > 64:
+        binades = np.concatenate([binades[:8], binades[8:-8:8], binades[-8:]])
     steps = np.arange(2**fmt.precision) * 2.0**-fmt.precision
     subnormal = steps * fmt.smallest_normal
-    normal = np.concatenate([(1 + steps) * 2.0**e for e in range(fmt.emin, fmt.emax + 1)])
-    values = np.concatenate([subnormal, normal])
-    ulps = np.concatenate([np.diff(values), [2.0 ** (fmt.emax - fmt.precision)]])
+    values = np.concatenate([subnormal, *((1 + steps) * 2.0**e for e in binades)])
+    lowest = np.repeat([fmt.smallest_normal, *(2.0**binades)], steps.size)
+    ulps = lowest * 2.0**-fmt.precision
     special = [np.inf, np.nan, 0.0, fmt.max, fmt.overflow_from, *(fmt.smallest_subnormal * 2.0 ** -np.arange(1, 9))]
     magnitudes = np.concatenate([values, values + ulps / 2, [values[-1] + ulps[-1]], special])
     return np.concatenate([magnitudes, -magnitudes])

@@ -236,6 +236,17 @@ def test_three_bad_steps_in_a_row_end_the_run_with_everything_on_disk(precision,
     assert torch.isfinite(parameters(task)).all()
 
 
+def test_a_bad_micro_batch_is_found_among_the_good():
+    task = with_bad_batches(4, 6, 8)
+    with pytest.raises(
+        TrainingError, match=r"steps \(2 to 4\) .* the batch itself holds NaN or inf \(100% of tensor 0.0\)"
+    ):
+        train(task, steps=8, accumulate=2)
+    bad = regression(batches=((x * float("nan"), y) for x, y in regression().batches))
+    with pytest.raises(TrainingError, match=r"consecutive steps \(0 to 2\)"):
+        train(bad, steps=8, sync_every=5)
+
+
 def test_the_limit_of_bad_steps_is_a_setting():
     with pytest.raises(TrainingError, match=r"not finite at step 2 in fp32"):
         train(with_bad_batches(2), steps=5, nonfinite_limit=1)

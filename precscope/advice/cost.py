@@ -1,22 +1,14 @@
-"""What a forward and backward pass of each unit costs in each format on the device at hand.
-
-Measured: every distinct module (type, configuration, shapes) is run alone on inputs captured from a real batch, forward
-and backward, in each format; a module with children is charged what remains after theirs. Not measured: FLOPs over a
-matmul rate plus bytes over a copy bandwidth, and the table says "model".
+"""What a forward and backward pass of each unit costs in each format: measured (measurement.py) where the run has
+cost.parquet, else FLOPs over a matmul rate plus bytes over a bandwidth, and the table says "model".
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from ..formats import get_format
-from ..recording.tensors import call_tensors, named_tensors
 from ..store import replacing
 from .units import ModelGraph
 
@@ -24,14 +16,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import pandas as pd
-    import torch
-    from torch import nn
 
 _FLOPS, _BANDWIDTH, _CAST_BYTES = 1e12, 1e11, 6.0  # of the model: FLOP/s in fp32, byte/s, bytes per element cast
 _LAUNCH_MS = 0.005  # of one small operation beside the bytes it moves
-_AT_LEAST_S = 0.03
-_REPEATS = (2, 5)
-_SLOW_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -87,52 +74,6 @@ def _modelled(flops: int, elements: int, fmt: str) -> float:
     return (3 * flops * bytes_each / 4 / _FLOPS + 6 * elements * bytes_each / _BANDWIDTH) * 1e3
 
 
-def measure(
-    model: nn.Module, run: Callable[[], Any], formats: Sequence[str], *, progress: Callable[[str], None] | None = None
-) -> pd.DataFrame:
-    """Measure every module that `run()` (one forward pass of `model`) calls.
-
-    Returns a row per module and format: module, format, time_ms (forward and backward of one pass, children not
-    counted), how, cast_ms_per_element. Parameters, buffers, gradients and RNG state are left as they were.
-    """
-    import pandas as pd
-
-    calls = _capture(model, run)
-    native = [f for f in formats if f in ("fp32", "bf16", "fp16")]
-    inclusive: dict[tuple[str, str], float] = {}
-    known: dict[tuple[Any, str], float] = {}
-    names = sorted(calls, key=lambda n: -n.count("."))  # children before their parents
-    for name in names:
-        call = calls[name]
-        if progress is not None:
-            progress(name)
-        for fmt in native:
-            key = (call.signature, fmt)
-            if key not in known:
-                below = sum(inclusive.get((c, fmt), 0.0) for c in call.children)
-                below32 = sum(inclusive.get((c, "fp32"), 0.0) for c in call.children)
-                if fmt != "fp32" and below > 3 * max(below32, 0.05):
-                    own = inclusive[name, "fp32"] - below32  # a format this slow here needs no closer look
-                    known[key] = below + max(own, 0.0)
-                else:
-                    known[key] = call.time_ms(fmt)
-            inclusive[name, fmt] = known[key]
-    cast = _cast_cost(next(iter(calls.values())).device) if calls else 1e-6
-    rows = [
-        {
-            "module": name,
-            "format": fmt,
-            "time_ms": max(inclusive[name, fmt] - sum(inclusive.get((c, fmt), 0.0) for c in calls[name].children), 0.0)
-            * calls[name].count,
-            "how": "measured",
-            "cast_ms_per_element": cast,
-        }
-        for name in calls
-        for fmt in native
-    ]
-    return pd.DataFrame(rows, columns=["module", "format", "time_ms", "how", "cast_ms_per_element"])
-
-
 def save(table: pd.DataFrame, path: Path) -> None:
     """Write cost.parquet, atomically."""
     import pyarrow as pa
@@ -142,145 +83,3 @@ def save(table: pd.DataFrame, path: Path) -> None:
     arrow = arrow.replace_schema_metadata({"precscope.schema": "1", "precscope.kind": "cost"})
     with replacing(path) as temporary:
         pq.write_table(arrow, temporary)
-
-
-class _Call:
-    """A module with the arguments of its first call."""
-
-    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.module = module
-        self.args, self.kwargs = args, kwargs
-        self.count = 1
-        self.children: list[str] = []
-        shapes = tuple((path, tuple(x.shape), str(x.dtype)) for path, x in call_tensors(args, kwargs))
-        parameters = tuple(tuple(p.shape) for p in module.parameters())
-        self.signature = (type(module), module.extra_repr(), module.training, shapes, parameters)
-
-    @property
-    def device(self) -> torch.device:
-        import torch
-
-        found = [x.device for _, x in call_tensors(self.args, self.kwargs)]
-        found += [p.device for p in self.module.parameters()]
-        return found[0] if found else torch.device("cpu")
-
-    def time_ms(self, fmt: str) -> float:
-        """Median time of forward and backward under `fmt`; a slow format is timed on an eighth of the batch."""
-        share = 1.0
-        if fmt == "fp16" and self.device.type == "cpu":
-            share, small = self._smaller(8)
-            try:
-                first = small._median_ms(fmt) / share
-            except Exception:  # a module may not take a part of its batch: time it whole
-                first, share = 0.0, 1.0
-            if share < 1 and first > 1e3 * _SLOW_S / 4:
-                return first
-        return self._median_ms(fmt)
-
-    def _smaller(self, parts: int) -> tuple[float, _Call]:
-        """This call on 1/parts of its leading dimension, where every tensor argument shares one."""
-        found = call_tensors(self.args, self.kwargs)
-        leading = {x.shape[0] for _, x in found if x.dim()}
-        if len(leading) != 1 or min(leading) < parts or any(not x.dim() for _, x in found):
-            return 1.0, self
-        keep = next(iter(leading)) // parts
-        cut = _map_tensors(lambda x: x[:keep], (self.args, self.kwargs))
-        return keep / next(iter(leading)), _Call(self.module, *cut)
-
-    def _median_ms(self, fmt: str) -> float:
-        self._once(fmt)
-        times: list[float] = []
-        while len(times) < _REPEATS[0] or (sum(times) < _AT_LEAST_S and len(times) < _REPEATS[1]):
-            times.append(self._once(fmt))
-            if times[0] > _SLOW_S:
-                break
-        return statistics.median(times) * 1e3
-
-    def _once(self, fmt: str) -> float:
-        """Seconds of one forward and backward."""
-        import torch
-
-        low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(fmt)
-        device = self.device
-
-        def leaf(x: torch.Tensor) -> torch.Tensor:
-            if not x.is_floating_point():
-                return x
-            return x.detach().to(low or torch.float32).requires_grad_()
-
-        args, kwargs = _map_tensors(leaf, (self.args, self.kwargs))
-        leaves = [x for _, x in call_tensors(args, kwargs) if x.requires_grad]
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        _synchronize(device)
-        start = time.perf_counter()
-        with torch.enable_grad(), torch.autocast(device.type, low or torch.bfloat16, enabled=low is not None):
-            output = self.module(*args, **kwargs)
-        outputs = [y for _, y in named_tensors(output) if y.requires_grad]
-        if outputs:
-            ones = [torch.ones_like(y) for y in outputs]
-            torch.autograd.grad(outputs, leaves + parameters, ones, allow_unused=True)
-        _synchronize(device)
-        return time.perf_counter() - start
-
-
-def _capture(model: nn.Module, run: Callable[[], Any]) -> dict[str, _Call]:
-    """One forward pass; the first call of every module with its arguments, state put back afterwards."""
-    import torch
-
-    from ..recording.watcher import watched_modules
-
-    calls: dict[str, _Call] = {}
-    names = watched_modules(model)
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        name = names[module]
-        if name in calls:
-            calls[name].count += 1
-        else:
-            detached = _map_tensors(lambda x: x.detach(), (args, kwargs))
-            calls[name] = _Call(module, *detached)
-
-    handles = [m.register_forward_pre_hook(before, with_kwargs=True) for m in names]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name in calls:
-        parent = name
-        while parent:
-            parent = parent.rpartition(".")[0]
-            if parent in calls:
-                calls[parent].children.extend([name] * (calls[name].count // calls[parent].count or 1))
-                break
-    return calls
-
-
-def _map_tensors(f: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    import torch
-    from torch.utils._pytree import tree_map
-
-    return tree_map(lambda x: f(x) if isinstance(x, torch.Tensor) else x, value)
-
-
-def _synchronize(device: torch.device) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _cast_cost(device: torch.device) -> float:
-    """ms per element of a cast fp32 -> bf16, from one of 2^20 elements."""
-    import torch
-
-    x = torch.randn(1 << 20, device=device)
-    times = []
-    for _ in range(5):
-        _synchronize(device)
-        start = time.perf_counter()
-        x.to(torch.bfloat16)
-        _synchronize(device)
-        times.append(time.perf_counter() - start)
-    return float(np.median(times)) * 1e3 / x.numel()

@@ -167,7 +167,9 @@ def _cost_reason(unit: Unit, compute: str, formats: tuple[str, ...], verdicts: V
     word = _HOW[costs.how[unit.name, compute]]
     listed = ", ".join(f"{f} {times[f]:.3g}" for f in sorted(allowed, key=times.__getitem__))
     fastest = min(allowed, key=times.__getitem__)
-    if times[compute] <= 1.02 * times[fastest]:
+    if max(times.values()) == min(times.values()):
+        text = f"as its neighbours: it does nothing itself that is faster in one of {', '.join(allowed)}"
+    elif times[compute] <= 1.02 * times[fastest]:
         text = f"fastest allowed ({listed} ms, {word})"
     elif compute == "fp32":
         text = f"low precision does not gain enough here ({listed} ms, {word})"

@@ -148,7 +148,7 @@ class SlotBuffer:
             amin_nonzero=numbers[:, reference.AMIN],
             sum=numbers[:, reference.SUM],
             sumsq=numbers[:, reference.SUMSQ],
-            source=self._source[:n],
+            source=np.array(self._source[:n], dtype=object),
             source_exponent=np.array(self._exponent[:n], dtype=np.int64),
         )
 

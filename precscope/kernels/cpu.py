@@ -11,9 +11,9 @@ of threads.
 
 Threads: large tensors are spread over the OpenMP threads that torch itself uses, by a call of GOMP_parallel in the
 library that torch loaded. numba's own threading layers, or a thread pool, compete with torch's threads, which spin
-for a while after each operation: between matrix products that made tensors of up to 10^6 elements slower than one
-thread alone; and numba's layers end the process when used from two threads or after a fork. Where torch brings
-no such library, and in forked children, one thread does the work.
+for a while after each operation: between matrix products a thread pool was slower than one thread alone for tensors
+of up to 2^18 elements; and numba's layers end the process when used from two threads or after a fork. Where torch
+brings no such library, and in forked children, one thread does the work.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..histogram import BINS, EXP_LO
 from . import openmp, reference
 from .reference import AMAX, AMIN, INF_BITS, NAN, NEG_INF, POS_INF, SUM, SUMSQ, WIDTH, ZEROS
 
-if nb.config.DISABLE_JIT:
+if nb.config.DISABLE_JIT:  # type: ignore[attr-defined]
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
 # One file on purpose: numba recompiles cached code when this file changes, not when one that it imports does.
@@ -422,7 +422,11 @@ def _parallel(threads: int, kind: int, before: int, after: int, size: int, k: in
     first = parts.ctypes.data
     words = [0, 0, kind, before, after, size, k, first, first + 8 * WIDTH, 16 * WIDTH, sums.ctypes.data]
     job = np.array(words, np.int64)
-    openmp.run(_thread.address, job.ctypes.data, threads)
+    openmp.run(
+        _thread.address,  # type: ignore[arg-type]
+        job.ctypes.data,
+        threads,
+    )
     _gather(parts, sums, k, row, ratio)
 
 

@@ -63,13 +63,13 @@ def _library() -> str | None:
     if "OpenMP" not in torch.__config__.parallel_info():
         return None
     try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
+        lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
     except OSError:
         return None
-    names = ("libgomp", "libiomp5", "libomp")
-    loaded = {line.split(maxsplit=5)[-1] for line in lines if Path(line.split()[-1]).name.startswith(names)}
-    beside_torch = [path for path in loaded if Path(torch.__file__).parent.parent in Path(path).parents]
-    candidates = [p for p in beside_torch if Path(torch.__file__).parent in Path(p).parents] or beside_torch
-    if len(candidates) == 1:
-        return candidates[0]
-    return loaded.pop() if len(loaded) == 1 else None
+    mapped = {words[5] for words in (line.split(maxsplit=5) for line in lines) if len(words) == 6}
+    loaded = [path for path in mapped if Path(path).name.startswith(("libgomp", "libiomp5", "libomp"))]
+    inside_torch = [path for path in loaded if Path(torch.__file__).parent in Path(path).parents]
+    for candidates in (inside_torch, loaded):
+        if len(candidates) == 1:
+            return candidates[0]
+    return None

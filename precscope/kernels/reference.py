@@ -92,17 +92,24 @@ def _accumulate(row: Tensor, x: Tensor, k: int) -> None:
     """Add the statistics of x * 2^k, float64 [n], to `row`."""
     if x.numel() == 0:
         return
-    magnitude, finite = x.abs(), torch.isfinite(x)
-    column = (_binade(x) + k).clamp(EXP_LO, EXP_HI) - EXP_LO
-    column = torch.where(x == 0, ZEROS, column)
-    column = torch.where(torch.isinf(x), torch.where(x > 0, POS_INF, NEG_INF), column)
-    _count(row, torch.where(torch.isnan(x), NAN, column))
+    zeros, above, below = (x == 0).sum(), (x == float("inf")).sum(), (x == -float("inf")).sum()
+    # Count signs with exponent fields, then fold these 4096 counts into the row.
+    fields = torch.zeros(4096, dtype=torch.int64, device=x.device)
+    _count(fields, (x.view(torch.int64) >> 52) & 0xFFF)
+    fields = fields[:2048] + fields[2048:]
+    column = (torch.arange(2047, device=x.device) - 1023 + k).clamp(EXP_LO, EXP_HI) - EXP_LO
+    fields[0] -= zeros
+    row.scatter_add_(0, column, fields[:2047])
+    row[ZEROS] += zeros
+    row[POS_INF] += above
+    row[NEG_INF] += below
+    row[NAN] += fields[2047] - above - below
+
+    kept = torch.where(torch.isfinite(x), x, 0.0) * 2.0**k
+    magnitude = kept.abs()
     values = row.view(torch.float64)
-    scale = 2.0**k
-    values[AMAX] = torch.maximum(values[AMAX], torch.where(finite, magnitude, 0.0).amax() * scale)
-    nonzero = torch.where(finite & (x != 0), magnitude, float("inf"))
-    values[AMIN] = torch.minimum(values[AMIN], nonzero.amin() * scale)
-    kept = torch.where(finite, x, 0.0) * scale
+    values[AMAX] = torch.maximum(values[AMAX], magnitude.amax())
+    values[AMIN] = torch.minimum(values[AMIN], torch.where(magnitude > 0, magnitude, float("inf")).amin())
     values[SUM] += kept.sum()
     values[SUMSQ] += kept.square().sum()
 

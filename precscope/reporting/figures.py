@@ -17,7 +17,7 @@ from ..formats import FloatFormat, get_format
 from ..profiles import Profile
 from ..sites import Role
 from .numbers import number, shorten
-from .view import SiteRow, curve, site_rows
+from .rows import SiteRow, curve, site_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -170,7 +170,7 @@ def _draw_formats(ax: Axes, lo: int, hi: int, chosen: FloatFormat, k: int) -> No
     for i, name in enumerate(names):
         fmt = get_format(name)
         y = 1.02 + 0.12 * (len(names) - 1 - i) / max(len(names), 4)
-        style = {"transform": ax.get_xaxis_transform(), "clip_on": False, "solid_capstyle": "butt"}
+        style: dict[str, Any] = {"transform": ax.get_xaxis_transform(), "clip_on": False, "solid_capstyle": "butt"}
         color = "#0a5ea8" if name == chosen.name else "#8a94a0"
         ends = [fmt.emin - fmt.precision - k, fmt.emin - k, float(np.log2(fmt.max)) - k]
         a, b, c = (min(max(e, lo), hi) for e in ends)

@@ -25,7 +25,8 @@ from ..histogram import BINS, EXP_LO
 from ..profiles import Profile
 from ..sites import Role
 from . import numbers
-from .view import SiteRow, View, build_view, group_rows
+from .rows import SiteRow, group_rows
+from .view import View, build_view
 
 if TYPE_CHECKING:
     from ..plans import PrecisionPlan
@@ -148,7 +149,12 @@ def payload(view: View) -> dict[str, Any]:
         "plan": {index[r.module]: [r.compute, r.params, r.reasons] for r in view.plan if r.module in index},
         "baseline": view.baseline,
         "curves": [
-            {"run": c.run, "steps": c.steps, "losses": [x if x is None else float(f"{x:.5g}") for x in c.losses]}
+            {
+                "run": c.run,
+                "precision": c.precision,
+                "steps": c.steps,
+                "losses": [x if x is None else float(f"{x:.7g}") for x in c.losses],
+            }
             for c in view.curves
         ],
     }

@@ -44,7 +44,7 @@ def provenance(profile: Profile, plan: PrecisionPlan | None) -> tuple[tuple[str,
     if isinstance(train, dict):
         sections.append(("Training settings", tuple(_flat(train))))
     rest = {k: v for k, v in run.items() if k not in {*_RUN, *_MACHINE, *_HIDDEN}}
-    sections.append(("Recording", tuple(_flat(rest))))
+    sections.append(("Recording and result", tuple(_flat(rest))))
     if plan is not None:
         sections.append(("Plan made from", tuple(_flat(dict(plan.made_from or {})))))
     schemas = [

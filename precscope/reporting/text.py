@@ -11,13 +11,14 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .numbers import MISSING, bytes_text, count_text, figure, fixed, interval, number, percent, plural, shorten
+from .rows import PlanRow, group_rows
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from ..comparison import RunRow
     from ..plans import PrecisionPlan
-    from .view import PlanRow, View
+    from .view import View
 
 _MARKS = {"good": "+", "care": "!", "bad": "X", "note": "-"}
 _MARKDOWN_MARKS = {"good": "✅", "care": "⚠️", "bad": "❌", "note": "ℹ️"}
@@ -59,7 +60,7 @@ def ask_table(table: pd.DataFrame, *, total: int | None = None, width: int | Non
     if not len(table):
         return "no recorded tensor matches"
     priced = bool(table.loss_noise.notna().any())
-    head = ["tensor", "amax", "overflow %", "flushed %", "subnormal %", "SQNR dB", *(["noise"] if priced else [])]
+    head = ["tensor", "amax", "overflow", "flushed", "subnorm", "SQNR", *(["noise"] if priced else [])]
     body = []
     for row in table.itertuples(index=False):
         cells = [
@@ -68,7 +69,8 @@ def ask_table(table: pd.DataFrame, *, total: int | None = None, width: int | Non
         ]  # fmt: skip
         body.append([*cells, *([number(row.loss_noise)] if priced else [])])
     lines = columns(head, body, width=width)
-    if total is not None and total > len(table):
+    lines.append("overflow, flushed, subnorm: % of all values; SQNR in dB")
+    if (total or 0) > len(table):
         lines.append(f"the first {len(table)} of {total} tensors; --rows 0 prints all")
     broken = int((table.nonfinite > 0).sum())
     if broken:
@@ -84,7 +86,6 @@ def plan_table(plan: PrecisionPlan | Sequence[PlanRow], *, width: int | None = N
     plan: a PrecisionPlan (its own entries, with parameters) or the rows of View.plan (all modules, with FLOPs).
     """
     from ..plans import PrecisionPlan
-    from .view import PlanRow, group_rows
 
     if isinstance(plan, PrecisionPlan):
         entries = [
@@ -99,7 +100,7 @@ def plan_table(plan: PrecisionPlan | Sequence[PlanRow], *, width: int | None = N
 
 
 def verdict_text(view: View, *, width: int | None = None) -> str:
-    """The verdict, the comparison and the modules kept high, as text."""
+    """The verdict and the comparison as text."""
     width = _width(width)
     lines = [view.title, "=" * min(len(view.title), width), *textwrap.wrap(view.subtitle, width), ""]
     lines += [*textwrap.wrap(view.lead, width), ""]
@@ -111,10 +112,6 @@ def verdict_text(view: View, *, width: int | None = None) -> str:
             )
     if view.runs:
         lines += ["", compare_table(view.runs, width=width)]
-    kept = [row for row in view.plan if not row.low]
-    if kept and len(kept) < len(view.plan):
-        lines += ["", f"Kept in high precision ({len(kept)} of {plural(len(view.plan), 'module')}):"]
-        lines.append(plan_table(kept, width=width))
     lines += ["", f"next ({view.next_step[0].lower()}{view.next_step[1:]}):", f"  {view.next_command}"]
     return "\n".join(lines)
 
@@ -126,50 +123,39 @@ def markdown(view: View) -> str:
         lines.append(f"- {_MARKDOWN_MARKS[s.kind]} {_md(s.text)}")
         lines += [f"  - {_md(item)}" for item in s.items]
     if view.runs:
-        head = (
-            "run",
-            "precision",
-            "train loss",
-            "held-out loss",
-            "ms/step",
-            "speed",
-            "memory",
-            "skipped",
-            "non-finite",
-        )
-        body = [
-            (
-                r.run, r.precision, figure(r.train_loss),
-                figure(r.eval_loss) + ("" if r.run == view.baseline else f" ({_signed(r.eval_change)})"),
-                figure(r.step_time_ms), f"{r.speed:.2f}x" if r.speed == r.speed else MISSING,
-                bytes_text(r.peak_memory_bytes), str(r.skipped_steps), str(r.nonfinite_steps),
-            )
-            for r in view.runs
-        ]  # fmt: skip
-        lines += ["", "### Training", "", *_md_table(head, body, numeric=range(2, len(head)))]
+        lines += ["", "### Training", "", *_md_runs(view)]
     if view.plan:
-        from .view import group_rows
-
-        head = ("module", "type", "compute", "parameters", "FLOPs %", "why")
-        body = [
-            (
-                r.label, r.type, r.compute, f"{count_text(r.parameters)} {r.params}" if r.parameters else "",
-                percent(r.flops_share), r.reasons[0] if r.reasons else "",
-            )
-            for r in group_rows(view.plan)
-        ]  # fmt: skip
         state = "confirmed" if view.confirmed else "predicted, not confirmed"
         summary = f"Plan ({state}): " + ", ".join(f"{f} {percent(x)}%" for f, x in view.shares.items())
-        lines += [
-            "",
-            f"<details><summary>{_md(summary)}</summary>",
-            "",
-            *_md_table(head, body, numeric=(4,)),
-            "",
-            "</details>",
-        ]
+        lines += ["", f"<details><summary>{_md(summary)}</summary>", "", *_md_plan(view.plan), "", "</details>"]
     lines += ["", f"Next: {view.next_step[0].lower()}{view.next_step[1:]}, `{view.next_command.replace('`', '')}`"]
     return "\n".join(lines) + "\n"
+
+
+def _md_runs(view: View) -> list[str]:
+    head = ("run", "precision", "train loss", "held-out loss", "ms/step", "speed", "memory", "skipped", "non-finite")
+    body = [
+        (
+            r.run, r.precision, figure(r.train_loss),
+            figure(r.eval_loss) + ("" if r.run == view.baseline else f" ({_signed(r.eval_change)})"),
+            figure(r.step_time_ms), f"{r.speed:.2f}x" if r.speed == r.speed else MISSING,
+            bytes_text(r.peak_memory_bytes), str(r.skipped_steps), str(r.nonfinite_steps),
+        )
+        for r in view.runs
+    ]  # fmt: skip
+    return _md_table(head, body, numeric=range(2, len(head)))
+
+
+def _md_plan(plan: Sequence[PlanRow]) -> list[str]:
+    head = ("module", "type", "compute", "parameters", "FLOPs %", "why")
+    body = [
+        (
+            r.label, r.type, r.compute, f"{count_text(r.parameters)} {r.params}" if r.parameters else "",
+            percent(r.flops_share), r.reasons[0] if r.reasons else "",
+        )
+        for r in group_rows(plan)
+    ]  # fmt: skip
+    return _md_table(head, body, numeric=(4,))
 
 
 def columns(

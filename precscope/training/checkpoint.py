@@ -104,11 +104,11 @@ def remove_all(out: str | Path) -> None:
 
 def random_states() -> dict[str, Any]:
     """States of the global generators of torch (CPU and CUDA), numpy and random, as tensors and plain containers."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
         "python": list(random.getstate()),
     }
 

@@ -115,9 +115,11 @@ class Trainer:
         self.evaluations: list[tuple[int, float]] = []
         self._unread: list[tuple[int, float, torch.Tensor, int]] = []
         self._bad_in_a_row = 0
+        self._progress: Progress | None = None
 
     def run(self, *, resume: bool = False, recorder: Any = None, progress: Progress | None = None) -> TrainResult:
         """Train to the last step, evaluate, and return the result. See `train` for the arguments and errors."""
+        self._progress = progress
         seed_everything(self.config.seed)
         if self.out is not None and not resume:
             checkpoint.remove_all(self.out)  # of a run that is being overwritten
@@ -132,7 +134,7 @@ class Trainer:
                 for step in range(first, self.config.steps):
                     self._step(step, watch)
                     if self._due(step, self.sync_every):
-                        self._read_device(step, progress)
+                        self._read_device()
                     if self._due(step, self.config.eval_every):
                         self._evaluate_at(step, watch)
                     if self._due(step, self.config.checkpoint_every):
@@ -197,7 +199,7 @@ class Trainer:
     def _due(self, step: int, every: int | None) -> bool:
         return every is not None and ((step + 1) % every == 0 or step + 1 == self.config.steps)
 
-    def _read_device(self, step: int, progress: Progress | None) -> None:
+    def _read_device(self) -> None:
         """Copy the figures of the steps since the last reading, log them, and stop where the run has gone bad."""
         unread, self._unread = self._unread, []
         figures = torch.stack([u[2] for u in unread]).tolist()
@@ -211,13 +213,13 @@ class Trainer:
                 break
         self.log.add(rows)
         self._stop_where_bad(rows[-1])
-        if progress is not None:
-            progress(rows[-1].step + 1, self.config.steps, rows[-1].loss)
+        if self._progress is not None:
+            self._progress(rows[-1].step + 1, self.config.steps, rows[-1].loss)
 
     def _stop_where_bad(self, row: Row) -> None:
         if self._bad_in_a_row >= self.config.nonfinite_limit:
-            batch = self.task.batch(row.step * self.config.accumulate)
-            raise TrainingError(nonfinite_message(row, self._bad_in_a_row, self.model, batch, self.precision.word))
+            batches = self._batches_of(row.step)
+            raise TrainingError(nonfinite_message(row, self._bad_in_a_row, self.model, batches, self.precision.word))
         if self.scaler is not None and row.scale < self.config.min_scale:
             raise TrainingError(
                 f"the loss scale fell to {row.scale:g} at step {row.step} and gradients still overflow fp16: some "
@@ -225,11 +227,20 @@ class Trainer:
                 "precision='bf16'"
             )
 
+    def _batches_of(self, step: int) -> Any:
+        """The batch of `step` again (a list where there are several), () where a generator cannot give it twice."""
+        count = self.config.accumulate
+        try:
+            batches = [self.task.batch(index) for index in range(step * count, (step + 1) * count)]
+        except TaskError:
+            return ()
+        return batches if count > 1 else batches[0]
+
     def _evaluate_at(self, step: int, watch: Recorder | None) -> None:
         if step + 1 == self.config.steps or self.task.eval_batches is None:
             return  # the last one is made after the loop, by _final_evaluation
         if self._unread:
-            self._read_device(step, None)
+            self._read_device()
         with getattr(watch, "paused", nullcontext)():
             loss = self.evaluate()
         self.evaluations.append((step + 1, loss))
@@ -252,7 +263,7 @@ class Trainer:
         if self.out is None:
             return
         if self._unread:
-            self._read_device(step, None)
+            self._read_device()
         try:
             self.log.flush()
             checkpoint.save(self.out, step + 1, self.state_dict(), keep=self.config.keep)
@@ -340,7 +351,7 @@ class Trainer:
     def _save_what_there_is(self, error: BaseException) -> None:
         try:
             if self._unread:
-                self._read_device(self._unread[-1][0], None)
+                self._read_device()
             self.log.flush()
         except (TrainingError, RunDirectoryError, RuntimeError) as second:
             error.add_note(f"the log's last rows were lost: {second}")

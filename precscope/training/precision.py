@@ -78,8 +78,7 @@ class Precision:
     @contextmanager
     def forward_context(self) -> Iterator[None]:
         """Around the forward pass and the loss."""
-        with nullcontext():
-            yield
+        yield
 
     def backward(self, loss: torch.Tensor) -> None:
         """Gradients of the loss, times the loss scale where there is one."""
@@ -148,7 +147,8 @@ class FullPrecision(Precision):
         if self.device.type != "cuda":
             yield
             return
-        switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+        cudnn: Any = torch.backends.cudnn
+        switches: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
         before = [switch.fp32_precision for switch in switches]
         try:
             for switch in switches:

@@ -44,18 +44,19 @@ function roundingTable(fmt, k, source, sourceExponent) {
       const moved = sourceExponent + k;
       step = Math.min(Math.max(binade - moved, source.emin) - source.p + moved, binade);
     }
-    const points = 2 ** (binade - step), coarser = ulp - step, ratio = 2 ** Math.max(coarser, 0);
+    const points = 2 ** (binade - step), finer = 2 ** -Math.max(ulp - step, 0);
     const below = binade < lowest, isLowest = binade === lowest, inRange = binade <= fmt.emax;
-    const uniform = isLowest ? (1 + 3 / ratio + 2 / ratio ** 2) / 12 : coarser >= 1 ? (1 + 2 / ratio ** 2) / 12 : 0;
+    const uniform = isLowest ? (1 + 3 * finer + 2 * finer ** 2) / 12 : finer < 1 ? (1 + 2 * finer ** 2) / 12 : 0;
     const energy = ldexp(meanSquare(points), 2 * e), tie = isLowest ? 1 / points : 0;
     table.overflows[i] = inRange ? 0 : 1;
     table.top[i] = binade === fmt.emax ? 1 : 0;
     table.flushed[i] = below ? 1 : tie;
     table.subnormal[i] = binade >= lowest && binade < fmt.emin ? 1 - tie : 0;
-    table.error[i] = inRange ? (below ? energy : ldexp(uniform, 2 * (ulp - k))) : 0;
+    table.error[i] = inRange ? (below ? energy : ldexp(uniform, 2 * Math.min(ulp - k, e + 1))) : 0;
     table.flushError[i] = below ? energy : 0;
     table.energy[i] = energy;
   }
+  table.firstCell = source && lowest - k - sourceExponent >= source.emin ? 0.75 : 1;
   if (tables.size > 4000) tables.clear();
   tables.set(key, table);
   return table;
@@ -73,11 +74,22 @@ function roundExactly(magnitude, fmt, k) {
   return { lost: rounded === 0, squared: ldexp(steps - rounded, ulp) ** 2 };
 }
 
+// Values beyond one in N that lie at exactly half of the smallest subnormal and are flushed there.
+function moreTies(site, fmt, k, t) {
+  const column = fmt.emin - fmt.p - 1 - k - EXP_LO, count = (i) => site.counts[i - (site.lo - EXP_LO)] || 0;
+  if (column <= 0 || column >= BINS - 1 || t.flushed[column] < 1e-6) return 0;
+  const points = 1 / t.flushed[column];
+  let ratio = Math.min(16, Math.max(1 / 16, Math.sqrt((count(column + 1) + 1) / (count(column - 1) + 1))));
+  if (Math.abs(ratio - 1) < 1e-6) ratio = 1 + 1e-6;
+  const first = 1 / (points * (ratio - 1) / Math.log2(ratio) + (1 - ratio / 2) / 2);
+  return count(column) * (Math.min(first * t.firstCell, 1) - 1 / points);
+}
+
 // site: {counts, lo, count, amax, amin, sumsq, source, sourceExponent, weights}. Returns what Profile.ask returns.
 function ask(site, fmt, k) {
   const t = roundingTable(fmt, k, site.source, site.sourceExponent);
   const counts = site.counts, first = site.lo - EXP_LO;
-  let finite = 0, beyond = 0, inTop = 0, flushed = 0, subnormal = 0, energyAll = 0, flushError = 0;
+  let finite = 0, beyond = 0, inTop = 0, flushed = 0, subnormal = 0, flushError = 0;
   let keptEnergy = 0, keptError = 0, topEnergy = 0, topError = 0, priced = 0;
   for (let j = 0; j < counts.length; j++) {
     const i = first + j, n = counts[j], kept = n - n * t.overflows[i], top = n * t.top[i];
@@ -86,7 +98,6 @@ function ask(site, fmt, k) {
     inTop += top;
     flushed += n * t.flushed[i];
     subnormal += n * t.subnormal[i];
-    energyAll += n * t.energy[i];
     flushError += n * t.flushError[i];
     keptEnergy += kept * t.energy[i];
     keptError += kept * t.error[i];
@@ -94,6 +105,10 @@ function ask(site, fmt, k) {
     topError += top * t.error[i];
     if (site.weights) priced += site.weights[j] * t.error[i];
   }
+
+  const ties = moreTies(site, fmt, k, t);
+  flushed += ties;
+  subnormal -= ties;
 
   // Overflow: bounds from the bins, settled by the extremes where they can. The end bins hold more than their binade.
   const largest = overflows(site.amax, fmt, k), smallest = overflows(site.amin, fmt, k);
@@ -109,8 +124,7 @@ function ask(site, fmt, k) {
   const cut = hi > 0;
   const energyKept = keptEnergy - (cut ? 1 - topShare : 0) * topEnergy;
   let error = keptError - (cut ? 1 - top : 0) * topError;
-  let signal = Number.isFinite(site.sumsq) && site.sumsq > 0 ? site.sumsq : energyAll;
-  if (cut) signal = signal * energyKept / (energyAll > 0 ? energyAll : 1);
+  let signal = !cut && Number.isFinite(site.sumsq) && site.sumsq > 0 ? site.sumsq : energyKept;
   error += Math.min(flushError, signal) - flushError;
   let noise = lo === finite ? 0 : Math.max(error, 0);
 
@@ -118,7 +132,7 @@ function ask(site, fmt, k) {
   if (finite > 0 && site.amax === site.amin) {
     const { lost, squared } = roundExactly(site.amax, fmt, k), stays = hi === 0;
     flushed = lost && stays ? finite : 0;
-    if (lost) subnormal = 0;
+    subnormal = !lost && stays && binadeOf(site.amax) + k < fmt.emin ? finite : 0;
     signal = stays ? finite * site.amax ** 2 : 0;
     noise = stays ? finite * squared : 0;
   }

@@ -1,7 +1,14 @@
 "use strict";
 // Small SVG charts: lines over steps, and the histogram of one site.
 
-const RUN_DASHES = ["", "6 3", "2 3", "", "8 3 2 3", "4 4", "1 4"];
+// A run's colour and dashes: by its precision where that is known, so that they agree with the plan's colours.
+const RUN_STYLES = { fp32: [0, ""], fp16: [1, "6 3"], bf16: [2, "2 3"], plan: [3, ""], e4m3: [4, "8 3 2 3"], e5m2: [5, "4 4"], tf32: [6, "1 4"] };
+
+function runStyles(curves) {
+  const styles = curves.map((c) => RUN_STYLES[c.precision]), words = curves.map((c) => c.precision);
+  if (styles.every(Boolean) && new Set(words).size === words.length) return styles;
+  return curves.map((c, i) => Object.values(RUN_STYLES)[i % 7]);
+}
 
 function niceTicks(lo, hi, count) {
   const raw = (hi - lo) / Math.max(count, 1), unit = 10 ** Math.floor(Math.log10(raw));
@@ -108,7 +115,7 @@ function siteHistogram(svg, site, fmt, k) {
   }
   const every = Math.ceil((last - first) / 6 / 5) * 5;
   for (let e = Math.ceil(first / every) * every; e <= last; e += every) {
-    const at = x(e), anchor = at < 14 ? "start" : at > width - 14 ? "end" : "middle";
+    const at = x(e), anchor = at < 18 ? "start" : at > width - 18 ? "end" : "middle";
     svg.append(s("text", { x: at, y: height - 6, "text-anchor": anchor }, pow2(e)));
   }
 }
@@ -135,8 +142,8 @@ function runningMean(points) {
 
 function drawTraining() {
   if (!DATA.curves.length || !byId("loss-chart")) return;
-  const color = (i) => `var(--run${i % 7})`, dash = (i) => RUN_DASHES[i % 7];
-  const series = DATA.curves.map((c, i) => ({ name: c.run, color: color(i), dash: dash(i), points: c.steps.map((t, j) => [t, c.losses[j]]) }));
+  const styles = runStyles(DATA.curves);
+  const series = DATA.curves.map((c, i) => ({ name: c.run, color: `var(--run${styles[i][0]})`, dash: styles[i][1], points: c.steps.map((t, j) => [t, c.losses[j]]) }));
   byId("runs-key").replaceChildren(...series.map((one) => h("li", {}, s("svg", { viewBox: "0 0 26 8", "aria-hidden": "true" }, s("line", { x1: 0, x2: 26, y1: 4, y2: 4, stroke: one.color, "stroke-width": 2.2, "stroke-dasharray": one.dash })), one.name)));
   const under = series.map((one) => (one.name === DATA.baseline ? { ...one, width: 5, opacity: 0.3 } : one));
   lineChart(byId("loss-chart"), under, { height: 230, readout: byId("loss-readout") });

@@ -178,7 +178,11 @@ def load_text() -> tuple[torch.Tensor, torch.Tensor]:
             f"no source of the standard library in {root}: the gpt task reads Python's own .py files; install a Python "
             "that has them, or give a task of your own (path/to/file.py:function)"
         )
-    return tuple(torch.frombuffer(bytearray(p), dtype=torch.uint8) for p in (train, held_out))
+    return _as_bytes(train), _as_bytes(held_out)
+
+
+def _as_bytes(text: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)  # a bytearray, for a tensor that may be written to
 
 
 def source_files(root: Path) -> list[Path]:

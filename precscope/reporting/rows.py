@@ -1,0 +1,263 @@
+"""Plain rows that a report is made of: sentences, figures, sites, modules of a plan, loss curves."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..formats import get_format
+from ..histogram import EXP_LO
+from ..profiles import Profile
+from ..sites import Role, Site
+
+if TYPE_CHECKING:
+    from ..plans import PrecisionPlan
+
+_HISTORY_CELLS = 300_000  # sites x steps that a page carries: beyond it, neighbouring steps are merged
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A sentence of the verdict. kind: "good", "care", "bad" or "note". items: lines below it."""
+
+    kind: str
+    text: str
+    items: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A headline figure: what it is, the figure, and a line that says what it is measured against."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """A site and its statistics over all recorded steps.
+
+    histogram: counts from binade 2^lo upwards, trimmed to the filled ones. weights: the gradient-weighted histogram
+    over the same binades, or None where the loss noise is not priced. history: largest magnitude per entry of
+    View.steps, None where the site was not recorded then or was all zero. broken: entries of View.steps with
+    non-finite values.
+    """
+
+    module: str
+    role: str
+    call: int
+    count: int
+    zeros: int
+    nonfinite: int
+    amax: float
+    amin_nonzero: float
+    sumsq: float
+    source: str
+    source_exponent: int
+    lo: int
+    histogram: tuple[int, ...]
+    weights: tuple[float, ...] | None = None
+    history: tuple[float | None, ...] = ()
+    broken: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Module and role in one: "blocks.0.fc1.output", "#2" behind the module for its third call."""
+        return f"{self.module or '(root)'}{f'#{self.call}' if self.call else ''}.{self.role}"
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """A module and what the plan does with it, or several alike that `group_rows` made one.
+
+    flops_share: of the model's forward FLOPs; None where not counted. parameters: of the module itself, children not
+    counted. label: what to call it: "blocks.{0-3}.fc1" for four of them. count: how many modules it stands for.
+    """
+
+    module: str
+    type: str
+    compute: str
+    params: str
+    policy: str
+    flops_share: float | None
+    parameters: int | None
+    reasons: tuple[str, ...]
+    label: str = ""
+    count: int = 1
+
+    @property
+    def low(self) -> bool:
+        """Whether it computes in fewer than 19 bits (tf32 and wider are not low)."""
+        return get_format(self.compute).bits < 19
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The loss of one run over its steps; thinned by averaging neighbours where the run is long."""
+
+    run: str
+    precision: str
+    steps: tuple[int, ...]
+    losses: tuple[float | None, ...]
+
+
+def site_rows(profile: Profile, *, by: str = "site") -> tuple[tuple[int, ...], tuple[SiteRow, ...]]:
+    """(steps, a row per site): the statistics in the model's order, with their history over `steps`."""
+    sites, table = profile.merged(by)
+    order = _model_order(profile, sites)
+    sites, table = [sites[i] for i in order], table.take(np.asarray(order, np.int64))
+    steps, history, broken = _history(profile, sites)
+    filled = table.counts != 0
+    if table.weights is not None:
+        filled |= table.weights != 0
+    counts, nonfinite = table.count.tolist(), table.nonfinite.tolist()
+    rows = []
+    for i, site in enumerate(sites):
+        where = np.flatnonzero(filled[i])
+        first, end = (int(where[0]), int(where[-1]) + 1) if len(where) else (0, 0)
+        weights = None if table.weights is None else tuple(table.weights[i, first:end].tolist())
+        rows.append(
+            SiteRow(
+                module=site.module,
+                role=site.role.value,
+                call=site.call,
+                count=counts[i],
+                zeros=int(table.zeros[i]),
+                nonfinite=nonfinite[i],
+                amax=float(table.amax[i]),
+                amin_nonzero=float(table.amin_nonzero[i]),
+                sumsq=float(table.sumsq[i]),
+                source=str(table.source[i]),
+                source_exponent=int(table.source_exponent[i]),
+                lo=first + EXP_LO,
+                histogram=tuple(table.counts[i, first:end].tolist()),
+                weights=weights,
+                history=tuple(None if v <= 0 else v for v in history[i].tolist()),
+                broken=tuple(np.flatnonzero(broken[i]).tolist()),
+            )
+        )
+    return steps, tuple(rows)
+
+
+def _model_order(profile: Profile, sites: Sequence[Site]) -> list[int]:
+    """Indices of `sites` by module as the model lists them (as recorded where it is not known), call and role."""
+    names = [m["name"] for m in profile.graph.get("modules", ())]
+    place = {name: i for i, name in enumerate(dict.fromkeys([*names, *(s.module for s in sites)]))}
+    roles = list(Role)
+    return sorted(range(len(sites)), key=lambda i: (place[sites[i].module], sites[i].call, roles.index(sites[i].role)))
+
+
+def _history(profile: Profile, sites: Sequence[Site]) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
+    """Steps, amax float64[sites, steps] (0 where absent) and non-finite counts int64[sites, steps]."""
+    frame = profile.history()
+    if not len(frame) or not sites:
+        return (), np.zeros((len(sites), 0)), np.zeros((len(sites), 0), np.int64)
+    steps, at = np.unique(frame.step.to_numpy(), return_inverse=True)
+    bins = min(len(steps), max(12, min(160, _HISTORY_CELLS // len(sites))))
+    bin_of = np.arange(len(steps)) * bins // len(steps)
+    groups = frame.groupby(["module", "role", "call"], sort=False, observed=True)
+    keys = {key: i for i, key in enumerate((s.module, s.role.value, s.call) for s in sites)}
+    number = groups.ngroup().to_numpy()
+    first = frame.iloc[np.unique(number, return_index=True)[1]]
+    to_site = [keys.get(key, -1) for key in zip(first.module, first.role, first.call, strict=True)]
+    row = np.asarray(to_site)[number]
+    keep = row >= 0
+    cell = row[keep], bin_of[at[keep]]
+    amax = np.zeros((len(sites), bins))
+    np.maximum.at(amax, cell, np.nan_to_num(frame.amax.to_numpy()[keep], posinf=0.0))
+    broken = np.zeros((len(sites), bins), np.int64)
+    np.add.at(broken, cell, (frame.pos_inf + frame.neg_inf + frame.nan).to_numpy()[keep])
+    starts = steps[np.unique(bin_of, return_index=True)[1]]
+    return tuple(int(s) for s in starts), amax, broken
+
+
+def plan_rows(profile: Profile, plan: PrecisionPlan) -> tuple[PlanRow, ...]:
+    """A row per module that computes or that the plan names, in the model's order."""
+    modules = {m["name"]: m for m in profile.graph.get("modules", ())}
+    total = sum(m.get("flops") or 0 for m in modules.values())
+    ran = [
+        m["name"]
+        for m in modules.values()
+        if m.get("calls", 1) and (m.get("flops") or m.get("own_params") or m["name"] in plan.modules)
+    ]
+    names = ran or [name for name in plan.modules if not set("*?[") & set(name)]
+    rows = []
+    for name in names:
+        layer, known = plan[name], modules.get(name, {})
+        rows.append(
+            PlanRow(
+                module=name,
+                type=known.get("type", ""),
+                compute=str(layer.compute),
+                params=str(layer.params),
+                policy=str(layer.policy),
+                flops_share=(known.get("flops") or 0) / total if total else None,
+                parameters=known.get("own_params"),
+                reasons=tuple(getattr(r, "text", None) or str(r) for r in layer.reasons),
+            )
+        )
+    return tuple(rows)
+
+
+def group_rows(rows: Iterable[PlanRow]) -> tuple[PlanRow, ...]:
+    """Rows that agree but for one number in the name (the first) and the numbers in their reasons, as one: FLOPs add
+    up, the reasons are those of the first."""
+    groups: dict[Any, list[tuple[int | None, PlanRow]]] = {}
+    for row in rows:
+        found = re.fullmatch(r"(|.*?\.)(\d+)((?:\..*)?)", row.module)
+        alike = (
+            row.type,
+            row.compute,
+            row.params,
+            row.policy,
+            row.parameters,
+            tuple(map(_without_numbers, row.reasons)),
+        )
+        key = (found[1], found[3], alike) if found else (row.module, None, None)
+        groups.setdefault(key, []).append((int(found[2]) if found else None, row))
+    return tuple(_merged(members, key) for key, members in groups.items())
+
+
+def _without_numbers(text: str) -> str:
+    return re.sub(r"\d[\d.e+-]*", "#", text)
+
+
+def _merged(members: list[tuple[int | None, PlanRow]], key: tuple[str, str | None, Any]) -> PlanRow:
+    row = members[0][1]
+    if len(members) == 1:
+        return replace(row, label=row.module or "(root)")
+    share = None if row.flops_share is None else sum(r.flops_share or 0.0 for _, r in members)
+    numbers = _ranges(sorted(n for n, _ in members if n is not None))
+    return replace(row, label=f"{key[0]}{{{numbers}}}{key[1]}", count=len(members), flops_share=share)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2,5"."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def curve(run: str | Path, *, points: int = 400) -> Curve:
+    """The loss curve of a run directory, averaged over neighbouring steps to at most `points` points."""
+    import pandas as pd
+
+    run = Path(run)
+    log = pd.read_parquet(run / "train.parquet", columns=["step", "loss"])
+    file = run / "run.json"
+    about = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    group = np.arange(len(log)) * min(points, len(log)) // max(len(log), 1)
+    thin = log.groupby(group).agg({"step": "first", "loss": "mean"})
+    losses = tuple(x if np.isfinite(x) else None for x in thin.loss.tolist())
+    return Curve(run.name, str(about.get("precision", "?")), tuple(int(s) for s in thin.step), losses)

@@ -1,0 +1,302 @@
+"""The report in a real browser: opens from disk, asks no network, answers as Profile.ask does, shows names as text.
+
+Skipped by name where chromium, its driver or selenium is missing (Debian: chromium, chromium-driver).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_reporting import HOSTILE, ROUNDED, make_plan, make_run, make_training, model, row_of, table_of
+
+from precscope.formats import format_names
+from precscope.profiles import Profile
+from precscope.reporting import numbers, report
+from precscope.reporting.html import render, save
+from precscope.reporting.view import build_view
+from precscope.sites import Role, Site
+
+selenium = pytest.importorskip("selenium", reason="selenium is not installed: the report is not tried in a browser")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="chromium or chromedriver is not installed: the report is not tried in a browser"
+)
+FLAGS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1280,900",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    driver.set_page_load_timeout(60)
+    driver.set_script_timeout(60)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def emulate(browser):
+    """Set the width, colour scheme and medium of the window; put back afterwards."""
+
+    def set_to(*, width: int = 1280, scheme: str = "light", medium: str = ""):
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": medium, "features": features})
+
+    yield set_to
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """(path of a full report, its profile)"""
+    base = tmp_path_factory.mktemp("page")
+    modules = [*model(3), (HOSTILE, "Linear", 10, 5000)]
+    profile = Profile.load(make_run(base / "a", modules=modules))
+    runs = [make_training(base / name, loss=2.0, ms=400.0) for name in ("fp32", "plan")]
+    return report(profile, plan=make_plan(modules), runs=runs, out=base / "report.html"), profile
+
+
+def open_page(browser, path: Path, link: str = "") -> None:
+    browser.get("about:blank")
+    browser.get_log("browser")
+    browser.get_log("performance")
+    browser.get(path.as_uri() + link)
+
+
+def complaints(browser) -> list[str]:
+    return [entry["message"] for entry in browser.get_log("browser")]
+
+
+def addresses(browser) -> list[str]:
+    """What the page asked for since the last call."""
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+
+
+def test_opens_from_disk_without_network_or_complaint(browser, page):
+    open_page(browser, page[0])
+    browser.execute_script("document.querySelector('details').open = true; window.scrollTo(0, 1e6)")
+    asked = addresses(browser)
+    assert complaints(browser) == []
+    assert asked and all(url.startswith(("file:", "data:")) for url in asked), asked
+    assert browser.execute_script("return document.querySelectorAll('#sites tbody tr').length") > 10
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_draws_itself_at_every_width_and_scheme(browser, page, emulate, width, scheme):
+    emulate(width=width, scheme=scheme)
+    open_page(browser, page[0])
+    sizes = browser.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+    assert sizes[0] <= sizes[1] == width, "the page scrolls sideways"
+    drawn = browser.execute_script(
+        "const c = document.getElementById('map'), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
+        "const seen = new Set(); for (let i = 0; i < d.length; i += 4) seen.add(d[i] + ',' + d[i+1] + ',' + d[i+2]);"
+        "return seen.size"
+    )
+    assert drawn > 20, "the range map is empty"
+    background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert background == ("rgb(251, 251, 250)" if scheme == "light" else "rgb(19, 22, 26)")
+    assert complaints(browser) == []
+
+
+def odd_profile(path: Path) -> Profile:
+    """Sites that are hard to answer for: every source, shifted gradients, constants, zeros, NaN, extreme values."""
+    rng = np.random.default_rng(11)
+    sites, rows, shifts = [], [], []
+    for i in range(60):
+        source = ("fp32", "fp16", "bf16", "fp64", "mixed")[i % 5]
+        spread = rng.uniform(0.5, 12)
+        x = rng.normal(0, 1, 300) * np.exp2(rng.normal(rng.uniform(-30, 14), spread, 300))
+        if source == "fp64" and i % 2:
+            x *= np.exp2(rng.integers(-500, 500, 300))
+        if source in ROUNDED:
+            with np.errstate(over="ignore", under="ignore"):
+                x = x.astype(ROUNDED[source])
+        if i % 7 == 0:
+            x = np.full(50, (1.0, 448.0, 2.0**-25, 65520.0, 3e-8, 0.0, 464.0, 6e-8, 1.5)[i // 7])
+        if i % 11 == 0:
+            x[:3] = (np.nan, np.inf, 0.0)
+        sites.append(Site(f"m{i}", Role.GRAD_OUTPUT if i % 3 else Role.OUTPUT))
+        rows.append(row_of(x, source))
+        shifts.append(-16 if i % 3 else 0)
+    table = table_of(rows).shift(np.array(shifts))
+    table.weights = np.where(table.counts > 0, rng.uniform(0, 1, table.counts.shape), 0.0)
+    columns = ["step", "module", "role", "call", "amax", "pos_inf", "neg_inf", "nan"]
+    return Profile(path, {"model": "odd"}, sites, table, {}, _history=pd.DataFrame(columns=columns))
+
+
+def test_explorer_answers_as_profile_ask(browser, tmp_path):
+    profile = odd_profile(tmp_path)
+    path = save(render(build_view(profile)), tmp_path / "odd.html")
+    open_page(browser, path)
+    names = browser.execute_script("return window.precscope.sites")
+    rng = np.random.default_rng(5)
+    formats = [f for f in format_names() if f != "fp64"]
+    asked = [(int(i), str(rng.choice(formats)), int(rng.integers(-40, 41))) for i in rng.integers(0, 60, 1500)]
+    told = browser.execute_script("return arguments[0].map(([i, f, k]) => window.precscope.ask(i, f, k))", asked)
+    frames: dict = {}
+    for (i, fmt, k), answer in zip(asked, told, strict=True):
+        if (fmt, k) not in frames:
+            frame = profile.ask(fmt, scale_exponent=k)
+            frames[fmt, k] = {f"{r.module}.{r.role}": r for r in frame.itertuples()}
+        row = frames[fmt, k][names[i]]
+        expected = {
+            "overflow": numbers.interval(row.overflow_lo, row.overflow_hi),
+            "flushed": numbers.percent(row.flushed),
+            "subnormal": numbers.percent(row.subnormal),
+            "sqnr": numbers.fixed(row.sqnr_db),
+            "noise": numbers.number(row.loss_noise),
+        }
+        assert {key: answer[key] for key in expected} == expected, (names[i], fmt, k)
+    assert complaints(browser) == []
+
+
+def test_controls_change_the_table(browser, page):
+    """The same through the page's own controls: format, role, scale, filter, sorting, a row's details."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import Select
+
+    path, profile = page
+    open_page(browser, path)
+    browser.find_element(By.CSS_SELECTOR, "input[value=e5m2]").send_keys(Keys.SPACE)
+    Select(browser.find_element(By.ID, "role")).select_by_value("grad_output")
+    slider = browser.find_element(By.ID, "scale")
+    for _ in range(12):
+        slider.send_keys(Keys.ARROW_RIGHT)
+    browser.find_element(By.ID, "filter").send_keys("fc2")
+    settle(browser)
+    rows = browser.execute_script(
+        "const rows = [...document.querySelectorAll('#sites tbody tr[data-index]')];"
+        "return rows.map(r => [...r.cells].map(c => c.textContent))"
+    )
+    frame = profile.ask("e5m2", scale_exponent=12, roles=["grad_output"]).set_index("module")
+    assert {r[0] for r in rows} == {f"blocks.{i}.mlp.fc2" for i in range(3)}
+    for name, _, overflow, flushed, subnormal, sqnr, room in rows:
+        row = frame.loc[name]
+        assert overflow == numbers.interval(row.overflow_lo, row.overflow_hi)
+        assert (flushed, subnormal) == (numbers.percent(row.flushed), numbers.percent(row.subnormal))
+        assert sqnr == numbers.fixed(row.sqnr_db)
+        assert room == numbers.fixed(math.log2(57344 / row.amax) - 12)
+    browser.find_element(By.CSS_SELECTOR, "th[data-key=site] button").click()
+    settle(browser)
+    order = browser.execute_script("return [...document.querySelectorAll('#sites tbody th')].map(c => c.textContent)")
+    assert order == [f"blocks.{i}.mlp.fc2" for i in range(3)]
+    head = browser.find_element(By.CSS_SELECTOR, "th[data-key=site]")
+    assert head.get_attribute("aria-sort") == "ascending"
+    browser.find_elements(By.CSS_SELECTOR, "#sites tbody button")[1].send_keys(Keys.ENTER)
+    settle(browser)
+    detail = browser.find_element(By.ID, "detail").text
+    assert "blocks.1.mlp.fc2" in detail and "not fp16: its output reaches" in detail
+    assert "f=e5m2" in browser.current_url and "s=blocks.1.mlp.fc2.grad_output" in browser.current_url
+
+
+def settle(browser) -> None:
+    """Wait for the next painted frame."""
+    browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+
+
+def test_deep_links_restore_the_view(browser, page):
+    open_page(browser, page[0], "#f=bf16&k=-3&r=weight&s=head.weight&q=head")
+    state = browser.execute_script(
+        "return [document.querySelector('input[name=format]:checked').value, document.getElementById('scale').value,"
+        " document.getElementById('role').value, document.querySelector('#detail h3').textContent]"
+    )
+    assert state == ["bf16", "-3", "weight", "head"]
+    open_page(browser, page[0], "#f=nonsense&k=99&r=__proto__&s=x")
+    assert complaints(browser) == []
+    assert browser.execute_script("return document.getElementById('role').value") == "output"
+
+
+def test_hostile_names_are_text(browser, page):
+    open_page(browser, page[0], "#f=fp16&k=0&r=all")
+    browser.execute_script("window.precscope.set({ filter: 'onerror', role: 'all', shown: 1000 })")
+    browser.execute_script("document.querySelector('#sites tbody button').click()")
+    settle(browser)
+    shown = browser.execute_script("return document.querySelector('#detail h3').textContent")
+    assert shown == HOSTILE
+    assert browser.execute_script("return [window.hacked === undefined, document.images.length]") == [True, 0]
+    titles = browser.execute_script("return [...document.querySelectorAll('#sites tbody button')].map(b => b.title)")
+    assert f"{HOSTILE}.output" in titles
+    assert complaints(browser) == []
+
+
+def test_csv_holds_the_table_and_no_formula(browser, page):
+    open_page(browser, page[0])
+    text = browser.execute_async_script(
+        "const done = arguments[0], make = URL.createObjectURL;"
+        "URL.createObjectURL = (blob) => { blob.text().then(done); return make.call(URL, blob); };"
+        "document.getElementById('csv').click();"
+    )
+    lines = text.split("\r\n")
+    frame = page[1].ask("fp16", roles=["output"])
+    assert lines[0].startswith('"module","role","call","format"') or lines[0].startswith("module,role,call,format")
+    assert len([line for line in lines if line]) == len(frame) + 1
+    assert not [line for line in lines if line.startswith(("=", "+", "-", "@"))]
+
+
+def test_slider_repaints_within_a_tenth_of_a_second(browser, tmp_path, emulate):
+    """500 modules x 5 roles, all shown at once; the fastest of several moves, because the machine is shared."""
+    emulate(width=1280)
+    modules = [(f"layers.{i}.linear", "Linear", 100, 1000) for i in range(500)]
+    path = report(make_run(tmp_path / "a", modules=modules, steps=2, n=300), out=tmp_path / "a.html")
+    open_page(browser, path)
+    took = browser.execute_script(
+        "const times = [];"
+        "for (let k = -6; k <= 6; k++) times.push(window.precscope.set({ role: 'all', k }));"
+        "return times"
+    )
+    assert browser.execute_script("return document.getElementById('count').textContent") == "2500 sites"
+    print("repaint in ms, fastest and median:", min(took), sorted(took)[len(took) // 2])
+    assert min(took) < 100
+
+
+def test_prints_the_whole_map_on_white(browser, page, emulate):
+    emulate(width=1280, medium="print")
+    open_page(browser, page[0])
+    browser.execute_script("window.dispatchEvent(new Event('beforeprint'))")
+    height, rows, bar = browser.execute_script(
+        "return [document.getElementById('map').clientHeight, document.getElementById('map-sizer').clientHeight,"
+        " getComputedStyle(document.getElementById('controls')).display]"
+    )
+    assert height >= rows and bar == "none"
+    assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+
+
+def test_tables_and_controls_have_names(browser, page):
+    """What a screen reader needs: named controls, headed tables, one h1, labelled regions and pictures."""
+    open_page(browser, page[0])
+    missing = browser.execute_script("""
+        const out = [], all = (what) => document.querySelectorAll(what);
+        const said = (e) => (e.getAttribute('aria-label') || e.textContent || e.title || '').trim();
+        const named = (e) => said(e) || e.labels?.length || e.hasAttribute('aria-labelledby');
+        for (const e of all('button, select, input, [role=region], [role=img], aside'))
+          if (e.checkVisibility() && !named(e)) out.push(e.outerHTML.slice(0, 80));
+        for (const e of all('th')) if (!e.hasAttribute('scope')) out.push('th without scope');
+        for (const e of all('table')) if (!e.caption) out.push('table without caption');
+        for (const e of all('section')) if (!document.getElementById(e.getAttribute('aria-labelledby'))) out.push(e.id);
+        if (all('h1').length !== 1) out.push('h1');
+        return out;
+    """)
+    assert missing == []

@@ -1,0 +1,478 @@
+"""View, text, Markdown, HTML and figures, on run directories made by the real writer from known numbers."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from precscope.errors import RunDirectoryError, UsageError
+from precscope.formats import get_format
+from precscope.histogram import BINS, EXP_LO
+from precscope.plans import LayerPrecision, PrecisionPlan, Reason
+from precscope.profiles import Profile
+from precscope.reporting import numbers, report, text
+from precscope.reporting.html import embed, payload, render
+from precscope.reporting.rows import group_rows, plan_rows, site_rows
+from precscope.reporting.view import build_view
+from precscope.sites import Role, Site
+from precscope.stats import StatsTable
+from precscope.store import StatsWriter, prepare_directory, write_json
+
+HOSTILE = "</script><img src=x onerror=window.hacked=1>\u2028\u2029é & 漢"
+ROUNDED = {"fp32": np.float32, "fp16": np.float16, "fp64": np.float64}
+
+
+def row_of(values, source="fp32") -> dict:
+    """The columns of a StatsTable for one tensor."""
+    x = np.asarray(values, np.float64).ravel()
+    finite = np.isfinite(x)
+    a = np.abs(x[finite & (x != 0)])
+    counts = np.bincount(np.clip(np.frexp(a)[1] - 1 - EXP_LO, 0, BINS - 1), minlength=BINS)
+    with np.errstate(over="ignore", under="ignore"):
+        sumsq = float((x[finite] ** 2).sum())
+    return {
+        "counts": counts.astype(np.int64), "zeros": int((x == 0).sum()), "pos_inf": int((x == np.inf).sum()),
+        "neg_inf": int((x == -np.inf).sum()), "nan": int(np.isnan(x).sum()), "amax": float(a.max()) if len(a) else 0.0,
+        "amin_nonzero": float(a.min()) if len(a) else np.inf, "sum": float(x[finite].sum()), "sumsq": sumsq,
+        "source": source,
+    }  # fmt: skip
+
+
+def table_of(rows: list[dict]) -> StatsTable:
+    return StatsTable(**{name: np.array([r[name] for r in rows]) for name in rows[0]})
+
+
+def model(layers: int) -> list[tuple[str, str, int, int]]:
+    """(name, type, parameters, FLOPs) of a GPT's modules."""
+    found = [("", "GPT", 0, 0), ("tok", "Embedding", 65536, 0)]
+    for i in range(layers):
+        found += [
+            (f"blocks.{i}.ln", "LayerNorm", 512, 1000), (f"blocks.{i}.attn", "Attention", 0, 130_000),
+            (f"blocks.{i}.attn.qkv", "Linear", 196608, 400_000), (f"blocks.{i}.mlp.fc1", "Linear", 262144, 530_000),
+            (f"blocks.{i}.mlp.fc2", "Linear", 262144, 530_000),
+        ]  # fmt: skip
+    return [*found, ("head", "Linear", 65536, 130_000)]
+
+
+def make_run(path: Path, *, layers: int = 2, steps: int = 4, n: int = 400, modules=None, seed: int = 0) -> Path:
+    """A run directory: unit-normal activations, except that blocks.1.mlp.fc2 outputs 1e5; gradients near 2^-20."""
+    rng = np.random.default_rng(seed)
+    prepare_directory(path, exist="overwrite")
+    modules = modules or model(layers)
+    writer = StatsWriter(path)
+    for step in range(0, 10 * steps, 10):
+        sites, rows, scales = [], [], []
+        for name, _, parameters, _ in modules:
+            output = rng.normal(0, 1, n)
+            if name == "blocks.1.mlp.fc2":
+                output[0] = 1e5 + step
+            gradient = rng.normal(0, 1, n) * 2.0**-20
+            items = [("input", rng.normal(0, 1, n)), ("output", output), ("grad_output", gradient)]
+            if parameters:
+                items += [("weight", rng.normal(0, 0.02, n)), ("grad_weight", gradient * 8)]
+            for role, values in items:
+                sites.append(Site(name, Role(role)))
+                rows.append(row_of(values.astype(np.float32)))
+                scales.append(65536.0 if role.startswith("grad") else 1.0)
+        writer.write(np.full(len(sites), step), sites, table_of(rows), np.array(scales), {})
+    write_json(path / "run.json", {
+        "schema": 1, "status": "done", "task": "gpt", "model": "GPT", "parameters": 3_290_000, "precision": "bf16",
+        "seed": 7, "torch": "2.13.0", "device": "cpu", "command": "precscope demo", "every": 10, "pid": 1,
+        "train": {"steps": 40, "lr": 1e-3},
+    })  # fmt: skip
+    listed = [
+        {"name": a, "type": b, "params": c, "own_params": c, "flops": d, "calls": 1} for a, b, c, d in modules
+    ]  # fmt: skip
+    write_json(path / "graph.json", {"schema": 1, "modules": listed, "parameters": [], "edges": []})
+    return path
+
+
+def make_training(path: Path, *, loss: float, ms: float, **keys) -> Path:
+    """A training run of 60 steps that ends at `loss`."""
+    prepare_directory(path, exist="overwrite")
+    step = np.arange(60)
+    skipped = step < keys.pop("skipped", 0)
+    pd.DataFrame({
+        "step": step, "loss": loss + np.exp(-step / 5.0), "lr": 1e-3, "scale": 1.0, "skipped": skipped,
+        "nonfinite": False, "grad_norm": 1.0, "time_ms": ms, "memory_bytes": 10**9, "eval_loss": np.nan,
+    }).to_parquet(path / "train.parquet")  # fmt: skip
+    content = {"schema": 1, "status": "done", "precision": path.name, "eval_loss": loss, "peak_memory_bytes": 2 * 10**9}
+    write_json(path / "run.json", {**content, **keys})
+    return path
+
+
+def make_plan(modules) -> PrecisionPlan:
+    chosen = {}
+    for name, kind, *_ in modules:
+        if kind == "LayerNorm":
+            chosen[name] = LayerPrecision("fp32", reasons=[Reason(code="cost", text="no cast to its neighbours")])
+        elif name == "blocks.1.mlp.fc2":
+            why = Reason(code="overflow", text="not fp16: its output reaches 1.0003e5, fp16 ends at 65504")
+            chosen[name] = LayerPrecision("fp32", reasons=[why])
+        elif name:
+            chosen[name] = LayerPrecision("fp16", reasons=["fp16: fastest allowed"])
+    scale = {"initial": 2.0**14, "interval": [8.0, 19.0], "lo_site": "tok.grad_output", "hi_site": "head.grad_weight"}
+    made = {"costs": "measured", "predicted_ms": {"plan": 200.0, "fp32": 400.0}}
+    return PrecisionPlan(default="fp16", modules=chosen, loss_scale=scale, made_from=made)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(profile, plan, training runs)"""
+    base = tmp_path_factory.mktemp("runs")
+    profile = Profile.load(make_run(base / "a"))
+    runs = [
+        make_training(base / "fp32", loss=2.0, ms=400.0),
+        make_training(base / "fp16", loss=2.004, ms=300.0, skipped=2),
+        make_training(base / "plan", loss=2.002, ms=250.0, low_precision_flops_share=0.8),
+    ]
+    return profile, make_plan(model(2)), runs
+
+
+@pytest.fixture(scope="module")
+def view(made):
+    profile, plan, runs = made
+    return build_view(profile, plan=plan, runs=runs)
+
+
+# numbers
+
+
+@pytest.mark.parametrize(
+    ("x", "said"),
+    [
+        (0, "0"), (1, "1"), (65504.0, "65504"), (0.125, "0.125"), (12.3456, "12.35"), (1 / 64, "0.01563"), (1e5, "1e5"),
+        (123456, "1.235e5"), (99999.7, "1e5"), (9999.97, "10000"), (0.001, "0.001"), (0.00099999, "1e-3"),
+        (1.2345e-7, "1.235e-7"), (-3.5, "-3.5"), (float("inf"), "inf"), (float("nan"), "–"), (None, "–"),
+        (2e300, "2e300"),
+    ],
+)  # fmt: skip
+def test_numbers_have_four_significant_digits(x, said):
+    assert numbers.number(x) == said
+
+
+def test_shares_and_intervals():
+    assert numbers.percent(0.1234567) == "12.35"
+    assert numbers.percent(3e-9) == "<0.0001"
+    assert numbers.interval(0.0, 0.0) == "0"
+    assert numbers.interval(0.001, 0.0125) == "0.1..1.25"
+    assert numbers.fixed(float("inf")) == "exact"
+    assert numbers.fixed(-0.04) == "0.0"
+    assert numbers.figure(1.92) == "1.920"
+    assert numbers.power_of_two(2.0**-14) == "2^-14"
+    assert numbers.raised("from 2^-14 to 2^19, not 12^3") == "from 2⁻¹⁴ to 2¹⁹, not 12^3"
+
+
+def test_long_names_lose_their_middle():
+    assert numbers.shorten("blocks.11.attention.query", 12) == "block….query"
+    assert numbers.shorten("short", 12) == "short"
+
+
+# view
+
+
+def test_view_says_what_runs_low_what_not_and_why(view):
+    assert view.lead == "9 of 12 modules run in fp16, 83.94% of the FLOPs; 3 stay in fp32."
+    kept = next(s for s in view.statements if "compute in fp32" in s.text)
+    assert kept.text.startswith("3 modules compute in fp32, 1 of them because low precision is not safe there")
+    assert kept.items[0] == "blocks.1.mlp.fc2: not fp16: its output reaches 1.0003e5, fp16 ends at 65504"
+    assert "blocks.{0-1}.ln: no cast to its neighbours" in kept.items
+
+
+def test_view_states_what_was_measured(view):
+    said = " ".join(s.text for s in view.statements)
+    assert "Trained with the plan: 1.60 times the speed of fp32 (250 against 400 ms per step)" in said
+    assert "held-out loss 2.002 against 2.000 (+0.10%)" in said
+    assert "no non-finite step, no skipped step" in said
+    assert "Loss scales from 2^8 to 2^19 are safe" in said
+    assert "not yet confirmed" in said
+    facts = {f.label: f.value for f in view.facts}
+    assert facts["Speed against fp32, measured"] == "1.60×"
+    assert facts["Loss scale"] == "2^14"
+    assert view.next_command.startswith("with ps.apply(")
+
+
+def test_gradient_statement_matches_the_profile(made, view):
+    profile, plan, _ = made
+    low = {r.module for r in plan_rows(profile, plan) if r.compute == "fp16"}
+    frame = profile.ask("fp16", roles=["grad_output", "grad_weight"])
+    frame = frame[frame.module.isin(low)]
+    share = (frame.flushed * frame["count"]).sum() / frame["count"].sum()
+    assert any(f"fp16 flushes {numbers.percent(share)}% of the gradient values" in s.text for s in view.statements)
+
+
+def test_view_without_a_plan_asks_for_one(made):
+    profile, _, runs = made
+    alone = build_view(profile)
+    assert alone.lead.startswith("fp16 would overflow at 1 of 36 forward tensors; bf16 holds all 36")
+    assert alone.next_command == f"precscope recommend {profile.path} --out plan.json"
+    assert alone.plan == () and alone.confirmed is None
+    worst = next(i for s in alone.statements for i in s.items if i.startswith("fp16:"))
+    assert "blocks.1.mlp.fc2.output reaches 1e5, 0.6 binades too far" in worst
+    planned = build_view(profile, plan=make_plan(model(2)), runs=runs[:1])
+    assert planned.next_command == "precscope train gpt --plan plan.json --out runs/plan"
+
+
+def test_a_plan_that_lowers_nothing_says_so(made):
+    profile, _, _ = made
+    view = build_view(profile, plan=PrecisionPlan.uniform("fp32"))
+    assert view.lead == "The plan keeps all 12 modules in fp32: nothing is gained or allowed in low precision."
+
+
+def test_a_worse_loss_is_a_problem(made, tmp_path):
+    profile, plan, runs = made
+    bad = make_training(tmp_path / "plan", loss=2.5, ms=250.0)
+    view = build_view(profile, plan=plan, runs=[runs[0], bad])
+    assert next(s for s in view.statements if s.text.startswith("Trained")).kind == "bad"
+    assert view.next_command.startswith("precscope profile")
+
+
+def test_recorded_nonfinite_values_come_first(tmp_path):
+    path = make_run(tmp_path / "a", steps=1)
+    writer = StatsWriter(path)
+    writer.write(np.array([10]), [Site("head", Role.OUTPUT)], table_of([row_of([1.0, np.nan, np.inf])]), np.ones(1), {})
+    view = build_view(path)
+    assert view.statements[0].kind == "bad"
+    assert view.statements[0].text == "inf or NaN was recorded at 1 site."
+    head = next(s for s in view.sites if s.name == "head.output")
+    assert head.nonfinite == 2 and head.broken == (1,)
+
+
+def test_history_holds_the_largest_magnitude_of_each_step(made):
+    profile, _, _ = made
+    steps, sites = site_rows(profile)
+    assert steps == (0, 10, 20, 30)
+    site = next(s for s in sites if s.name == "blocks.1.mlp.fc2.output")
+    assert site.history == tuple(float(np.float32(1e5 + step)) for step in steps)
+    assert sum(site.histogram) + site.zeros + site.nonfinite == site.count == 1600
+    gradient = next(s for s in sites if s.name == "head.grad_output")
+    assert gradient.source_exponent == -16
+
+
+def test_long_histories_are_merged(tmp_path):
+    path = prepare_directory(tmp_path / "long")
+    n = 1000
+    table = table_of([row_of([1.0 + step]) for step in range(n)])
+    StatsWriter(path).write(np.arange(n), [Site("m", Role.OUTPUT)] * n, table, np.ones(n), {})
+    steps, (site,) = site_rows(Profile.load(path))
+    assert 12 <= len(steps) <= 160 and steps[0] == 0
+    assert max(site.history) == float(n)
+
+
+def test_sites_follow_the_model_not_the_recording(made):
+    profile, _, _ = made
+    names = list(dict.fromkeys(s.module for s in site_rows(profile)[1]))
+    assert names == [m["name"] for m in profile.graph["modules"]]
+
+
+def test_rows_alike_share_a_line(made):
+    profile, plan, _ = made
+    rows = plan_rows(profile, plan)
+    groups = {g.label: g for g in group_rows(rows)}
+    assert groups["blocks.{0-1}.ln"].count == 2
+    assert groups["blocks.{0-1}.ln"].flops_share == pytest.approx(2 * rows[1].flops_share)
+    assert groups["blocks.0.mlp.fc2"].compute == "fp16" and groups["blocks.1.mlp.fc2"].compute == "fp32"
+    assert sum(g.count for g in groups.values()) == len(rows)
+
+
+def test_an_empty_run_reports(tmp_path):
+    path = prepare_directory(tmp_path / "empty")
+    write_json(path / "run.json", {"schema": 1, "status": "failed", "model": "GPT"})
+    view = build_view(path)
+    assert "holds no statistics" in view.lead
+    assert "<table" not in render(view)
+
+
+# text
+
+
+def test_tables_fit_eighty_columns(made, view):
+    profile, plan, _ = made
+    long = [(f"encoder.layers.{i}.attention.self.query_projection.inner", "Linear", 10, 10) for i in range(3)]
+    rows = profile.ask("fp16").assign(module=[long[i % 3][0] for i in range(len(profile.ask("fp16")))])
+    tables = [
+        text.verdict_text(view, width=80), text.compare_table(view.runs, width=80), text.ask_table(rows, width=80),
+        text.plan_table(plan, width=80), text.plan_table(view.plan, width=80),
+    ]  # fmt: skip
+    for shown in tables:
+        assert max(map(len, shown.splitlines())) <= 80, shown
+        assert "\x1b" not in shown
+    assert "encoder…ner.grad_output" in tables[2] or "…" in tables[2]
+
+
+def test_tables_never_cut_figures(made):
+    profile, _, _ = made
+    frame = profile.ask("fp16", roles=["output"])
+    shown = text.ask_table(frame, width=60)
+    for row in frame.itertuples():
+        assert numbers.interval(row.overflow_lo, row.overflow_hi) in shown
+        assert numbers.fixed(row.sqnr_db) in shown
+
+
+def test_ask_table_tells_of_more_rows(made):
+    frame = made[0].ask("fp16")
+    assert f"the first 5 of {len(frame)} tensors" in text.ask_table(frame.head(5), total=len(frame))
+    assert text.ask_table(frame.head(0)) == "no recorded tensor matches"
+
+
+def test_compare_table_has_every_figure(view):
+    lines = text.compare_table(view.runs, width=80).splitlines()
+    assert lines[0].split() == [
+        "run",
+        "train",
+        "held-out",
+        "change",
+        "ms/step",
+        "speed",
+        "memory",
+        "skip",
+        "inf",
+        "low",
+    ]
+    assert " ".join(lines[3].split()) == "fp16 2.004 2.004 +0.20% 300.0 1.33x 2 GB 2 0 –"
+    assert lines[4].split()[-1] == "80%"
+
+
+def test_a_name_cannot_forge_rows_or_move_the_cursor(made):
+    frame = made[0].ask("fp16").head(1).assign(module="a\n\x1b[2Jb")
+    shown = text.ask_table(frame, width=80)
+    assert "\x1b" not in shown and len(shown.splitlines()) == 4
+
+
+def test_markdown_is_markdown(view):
+    said = text.markdown(view)
+    assert said.startswith("## GPT\n")
+    assert "| plan | plan | 2.002 | 2.002 (+0.10%) | 250.0 | 1.60x | 2 GB | 0 | 0 |" in said
+    assert "<details><summary>Plan (predicted, not confirmed): fp16 83.94%, fp32 16.06%</summary>" in said
+    assert text._md("a_b|<c>") == "a\\_b\\|&lt;c&gt;"
+
+
+# html
+
+
+def test_html_has_every_section_and_no_outside_address(made, tmp_path):
+    profile, plan, runs = made
+    path = report(profile, plan=plan, runs=runs, out=tmp_path / "deep" / "a.html", title="A title")
+    page = path.read_text(encoding="utf-8")
+    for section in ("verdict", "ranges", "explorer", "plan", "training", "provenance"):
+        assert f'<section id="{section}" aria-labelledby=' in page
+    assert "<title>A title · precscope</title>" in page
+    assert "default-src 'none'" in page
+    assert not re.findall(r"""(?:src|href)=["'](?!#|data:)""", page)
+    assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)", page)
+    assert path.stat().st_size < 400_000
+
+
+def test_html_without_plan_and_runs_leaves_them_out(made, tmp_path):
+    page = report(made[0], out=tmp_path / "a.html").read_text(encoding="utf-8")
+    assert 'id="plan"' not in page and 'id="training"' not in page and 'id="explorer"' in page
+
+
+def test_html_shows_hostile_names_as_text(tmp_path):
+    modules = [*model(1), (HOSTILE, "Linear", 10, 5000)]
+    profile = Profile.load(make_run(tmp_path / "a", modules=modules))
+    plan = make_plan(modules).replace(default=LayerPrecision("fp16", reasons=["<b>why</b>"]))
+    page = report(profile, plan=plan, out=tmp_path / "a.html", title="<i>t</i>").read_text(encoding="utf-8")
+    assert "<img" not in page and "<i>" not in page and "<b>" not in page
+    assert page.count("</script>") == 2 and page.count("<script") == 2
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+    assert HOSTILE in data["modules"]
+    assert not set("<>&\u2028\u2029") & set(embed({"x": HOSTILE}))
+
+
+def test_page_scripts_cannot_end_their_element():
+    templates = Path(text.__file__).parent / "templates"
+    for script in templates.glob("*.js"):
+        source = script.read_text(encoding="utf-8")
+        assert "</" not in source and "<!--" not in source, script.name
+        assert "innerHTML" not in source and "eval(" not in source, script.name
+
+
+def test_payload_holds_the_histograms_exactly(made):
+    profile, _, _ = made
+    data = payload(build_view(profile))
+    sites, table = profile.merged()
+    for row in data["sites"]:
+        site = Site(data["modules"][row[0]], Role(data["roles"][row[1]]), row[2])
+        i = sites.index(site)
+        counts = np.zeros(BINS, np.int64)
+        counts[row[11] - EXP_LO :][: len(row[12])] = row[12]
+        assert (counts == table.counts[i]).all()
+        assert (row[3], row[6], row[8]) == (table.count[i], table.amax[i], table.sumsq[i])
+    fp16 = next(f for f in data["formats"] if f["name"] == "fp16")
+    assert fp16["overflowFrom"] == get_format("fp16").overflow_from
+
+
+def test_five_hundred_modules_stay_small(tmp_path):
+    modules = [(f"layers.{i}.linear", "Linear", 100, 1000) for i in range(500)]
+    path = make_run(tmp_path / "a", modules=modules, steps=2, n=300)
+    out = report(path, plan=make_plan(modules), out=tmp_path / "a.html")
+    assert len(Profile.load(path).merged()[0]) == 2500
+    assert out.stat().st_size < 8_000_000
+
+
+def test_reports_are_written_whole_or_refused(made, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunDirectoryError, match=r"cannot write .*choose another file"):
+        report(made[0], out=tmp_path / "file" / "a.html")
+    assert report(made[0], out=tmp_path).name == "index.html"
+    with pytest.raises(RunDirectoryError, match="no run directory"):
+        report(tmp_path / "nothing", out=tmp_path / "b.html")
+
+
+# figures
+
+
+def test_figures_return_axes(made):
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from precscope.reporting import figures
+
+    profile, _, runs = made
+    ax = figures.range_map(profile, format="e4m3", scale_exponent=3)
+    assert [t.get_text() for t in ax.get_yticklabels()][:2] == ["(root)", "tok"]
+    assert len(figures.loss_curves(runs).lines) == 3
+    bars = figures.histogram(profile, "blocks.1.mlp.fc2.output")
+    site = next(s for s in site_rows(profile)[1] if s.name == "blocks.1.mlp.fc2.output")
+    heights = np.array([p.get_height() for p in bars.patches])
+    assert heights == pytest.approx(np.array(site.histogram) / sum(site.histogram))
+    with pytest.raises(UsageError, match=r"no recorded site 'heat.output' \(did you mean .*head.output"):
+        figures.histogram(profile, "heat.output")
+    with pytest.raises(UsageError, match="unknown role 'outputs'; roles are input, output"):
+        figures.range_map(profile, "outputs")
+    with pytest.raises(UsageError, match="holds no statistics of role 'state'"):
+        figures.range_map(profile, "state")
+    plt.close("all")
+
+
+def test_figures_name_the_extra_that_is_missing(made, monkeypatch):
+    from precscope.reporting import figures
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(UsageError, match=r"figures need matplotlib: pip install"):
+        figures.loss_curves(made[2])
+
+
+def test_reporting_needs_no_torch(made, tmp_path):
+    profile, _, runs = made
+    code = (
+        "import sys\n"
+        "from precscope.reporting import report\n"
+        "assert 'pandas' not in sys.modules and 'jinja2' not in sys.modules\n"
+        f"report({str(profile.path)!r}, runs=[{str(runs[0])!r}], out={str(tmp_path / 'a.html')!r})\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+        "assert 'plotly' not in sys.modules and 'matplotlib' not in sys.modules\n"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=120)
+    assert done.returncode == 0, done.stderr
