@@ -504,10 +504,11 @@ def _run(module: nn.Module, spec: _Spec, args: tuple, kwargs: dict) -> Any:
         _swap_in(spec, swapped)
         if spec.fp8 is None:
             return _own_forward(module, spec, args, kwargs)
-        weight = module._parameters["weight"]
+        parameters: dict[str, Any] = module._parameters
+        weight = parameters["weight"]
         rounded = fake_quantise(weight, spec.fp8)
-        swapped.append(_Swap(module._parameters, "weight", weight, rounded, None, merge=False))
-        module._parameters["weight"] = rounded
+        swapped.append(_Swap(parameters, "weight", weight, rounded, None, merge=False))
+        parameters["weight"] = rounded
         round_input = partial(_round_input, fmt=spec.fp8)
         args, kwargs = _map(args, round_input), _map(kwargs, round_input)
         return quantise_gradient(_own_forward(module, spec, args, kwargs))
@@ -531,7 +532,8 @@ def _swap_in(spec: _Spec, swapped: list[_Swap]) -> None:
     """Put casts in place of what is not stored in the target dtype; nothing to do where a module around has done it."""
     doubles = spec.kind == "cast"
     for module in spec.swap:
-        for table in (module._parameters, module._buffers):
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
             for name, tensor in list(table.items()):
                 if tensor is not None and _differs(tensor, spec.target, doubles=doubles):
                     seen = tensor.to(spec.target)
@@ -602,8 +604,8 @@ def _device_type(module: nn.Module, args: tuple, kwargs: dict) -> str:
 @contextmanager
 def _tf32(on: bool) -> Iterator[None]:
     """The process-wide CUDA switches for TF32 matrix products, convolutions and recurrences, for a while."""
-    cudnn = torch.backends.cudnn
-    switches = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+    cudnn: Any = torch.backends.cudnn
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
     before = [s.fp32_precision for s in switches]
     try:
         for switch in switches:

@@ -315,6 +315,7 @@ class PrecisionPlan(_Value):
     def diff(self, other: PrecisionPlan, *, names: Iterable[str] | None = None) -> PlanDiff:
         """What changes from this plan to `other`: per module of `names` where given, else per key that either has;
         then the loss scale, the optimizer and the phases. Reasons and evidence do not count."""
+        pairs: list[tuple[str, LayerPrecision | None, LayerPrecision | None]]
         if names is not None:
             pairs = [(n, self[n], other[n]) for n in names]
         else:
