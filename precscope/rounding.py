@@ -10,10 +10,11 @@ Scale. Rounding with scale 2^k is rounding to a format whose exponents all lie k
 scale and nothing can overflow on the way.
 
 Speed. fp16 and bf16 in their plain form are torch's own casts, with two exceptions: from float64 (torch casts float64
-to float16 through float32 and so rounds twice) and under torch.compile (which removes such pairs of casts). All else on
-CPU is worked through in pieces that stay in cache, so that a handful of operations cost about one pass over memory, and
-overflow is first looked for with one read. On other devices each operation is a pass of its own; torch.compile fuses
-them into one.
+to float16 through float32 and so rounds twice) and under torch.compile (which removes such pairs of casts). The rest is
+written down twice. Compiled by numba it is one pass over the values: on the CPU, for nearest_even and toward_zero, where
+float32 holds all that matters. As torch operations, each a pass, it runs everywhere; torch.compile fuses them, and on the
+CPU they work through pieces that stay in cache. (As fast as one pass, but only while nobody else wants the cores: the
+threads wait for one another after each operation. That is what the compiled form is for.)
 
 The rules for NaN, inf, overflow, -0 and the three roundings are those of `reference`, the scalar twin.
 """
@@ -21,7 +22,11 @@ The rules for NaN, inf, overflow, -0 and the three roundings are those of `refer
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -32,7 +37,9 @@ from .reference import check_rounding, check_scale_exponent
 
 _CONTAINERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _CASTS = {get_format("fp16"): torch.float16, get_format("bf16"): torch.bfloat16}
-_PIECE = 2**19  # elements: the few float32 buffers of that size stay in cache; smaller pieces only cost more barriers
+_PIECE = (
+    2**19
+)  # elements: a few float32 buffers of that size stay in cache; also what makes another thread worth its start
 
 
 def quantize(
@@ -144,7 +151,7 @@ def _rounder(fmt: FloatFormat, rounding: str, saturate: bool, scale_exponent: in
 
 
 def _round(x: Tensor, rounder: _Rounder, generator: torch.Generator | None) -> Tensor:
-    """Round `x`, which carries no graph: in one go, or on CPU in pieces that stay in cache."""
+    """Round `x`, which carries no graph, by the fastest way that its device, dtype and the rounding allow."""
     x = x.resolve_neg()
     compiling = torch.compiler.is_compiling()
     if x.numel() == 0:
@@ -152,18 +159,99 @@ def _round(x: Tensor, rounder: _Rounder, generator: torch.Generator | None) -> T
     # torch.compile takes float32 -> float16 -> float32 for a detour and drops the rounding with it.
     if rounder.cast is not None and x.dtype is not torch.float64 and not compiling:
         return x.to(rounder.cast, copy=True).to(x.dtype)
-    # Looping over pieces and looking at values need real memory: not while torch.compile traces, not on fake tensors.
-    host = x.device.type == "cpu" and type(x) is Tensor and not compiling
-    if not host or x.numel() <= _PIECE:
-        return _round_piece(x, rounder, generator, look=host)
-    order = sorted(range(x.dim()), key=x.stride, reverse=True)  # memory order, so that channels_last stays as it is
+    # Loops over pieces and looks at values need real memory: not while torch.compile traces, not on fake tensors.
+    if x.device.type != "cpu" or type(x) is not Tensor or compiling:
+        return _round_piece(x, rounder, generator, look=False)
+    working = rounder.working_dtype(x.dtype)
+    kernel = _compiled() if working is torch.float32 and rounder.rounding != "stochastic" else None
+    if kernel is not None:
+        x32 = x.to(working)
+        return _in_memory_order(x32, lambda values, out: _run(kernel, values, out, rounder)).to(x.dtype)
+    if x.numel() <= _PIECE:
+        return _round_piece(x, rounder, generator, look=True)
+
+    def piece_by_piece(values: Tensor, out: Tensor) -> None:
+        for piece, piece_out in zip(values.split(_PIECE), out.split(_PIECE), strict=True):
+            piece_out.copy_(_round_piece(piece, rounder, generator, look=True))
+
+    return _in_memory_order(x, piece_by_piece)
+
+
+def _in_memory_order(x: Tensor, write: Callable[[Tensor, Tensor], None]) -> Tensor:
+    """A tensor like `x`, filled by `write(values, out)`, which sees both as 1-D in their order in memory.
+
+    A dense x keeps its strides, channels_last for one; others become contiguous.
+    """
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
     if not x.permute(order).is_contiguous():
         x, order = x.contiguous(), list(range(x.dim()))
     out = torch.empty_like(x)
-    pieces_in, pieces_out = x.permute(order).view(-1).split(_PIECE), out.permute(order).view(-1).split(_PIECE)
-    for piece_in, piece_out in zip(pieces_in, pieces_out, strict=True):
-        piece_out.copy_(_round_piece(piece_in, rounder, generator, look=True))
+    write(x.permute(order).view(-1), out.permute(order).view(-1))
     return out
+
+
+# --- one pass, compiled -----------------------------------------------------------------------------------------
+
+
+_SIGNATURE = "void(float32[::1], uint32[::1], float32[::1], boolean, boolean, " + ", ".join(["float32"] * 6) + ")"
+
+
+@cache
+def _compiled() -> Callable[..., None] | None:
+    """The kernel, compiled on first use and kept on disk; None where numba is missing or switched off."""
+    try:
+        import numba
+        import numpy as np
+    except ImportError:
+        return None
+    if numba.config.DISABLE_JIT:
+        return None
+
+    def kernel(x, bits, out, to_nearest, signed_zero, lowest, in_ulps, from_ulps, largest, beyond, infinite):
+        for i in range(x.size):
+            value = x[i]
+            binade = np.uint32(bits[i] & np.uint32(0x7F800000)).view(np.float32)
+            binade = min(max(binade, lowest), np.float32(2.0**127))
+            ulps = value / binade * in_ulps
+            y = (np.rint(ulps) if to_nearest else np.trunc(ulps)) * from_ulps * binade
+            if abs(y) > largest:
+                y = np.copysign(infinite if abs(value) == np.inf else beyond, value)
+            out[i] = y if signed_zero or y != 0 else np.float32(0)
+
+    try:
+        return numba.njit(_SIGNATURE, nogil=True, cache=True)(kernel)
+    except RuntimeError:  # no directory to keep compiled code in
+        return numba.njit(_SIGNATURE, nogil=True)(kernel)
+
+
+def _run(kernel: Callable[..., None], x: Tensor, out: Tensor, rounder: _Rounder) -> None:
+    """Round the 1-D float32 `x` into `out`, on as many threads as torch uses.
+
+    Threads of its own, started anew: torch's cannot be reached from here, numba's end the process when two threads
+    use them at once, and a pool would not survive a fork.
+    """
+    to_nearest = rounder.rounding == "nearest_even"
+    p, infinite = rounder.precision, rounder.max if rounder.on_overflow is None else rounder.on_overflow
+    beyond = infinite if to_nearest else rounder.max
+    numbers = (2.0**rounder.emin, 2.0**p, 2.0**-p, rounder.max, beyond, infinite)
+    values, bits, rounded = x.numpy(), x.view(torch.uint32).numpy(), out.numpy()
+
+    def work(start: int, stop: int) -> None:
+        part = slice(start, stop)
+        kernel(values[part], bits[part], rounded[part], to_nearest, rounder.signed_zero, *numbers)
+
+    size = x.numel()
+    count = max(1, min(torch.get_num_threads(), size // _PIECE))
+    bounds = [size * i // count for i in range(count + 1)]
+    others = [threading.Thread(target=work, args=pair) for pair in pairwise(bounds[1:])]
+    for thread in others:
+        thread.start()
+    work(0, bounds[1])
+    for thread in others:
+        thread.join()
+
+
+# --- torch operations, everywhere -------------------------------------------------------------------------------
 
 
 def _round_piece(x: Tensor, rounder: _Rounder, generator: torch.Generator | None, *, look: bool) -> Tensor:
