@@ -4,11 +4,12 @@
 
 Every contender rounds the same 2^size float32 values (normal, times 2^j for j from -12 to 8; nothing overflows) to the
 format and back to float32, nearest even. They take turns, round after round, so that whatever slows the machine slows
-all; the table shows medians, and the ratio to torch's float16 cast there and back of the same rounds. Contenders that
-need seconds work on an eighth of the values (marked *), their times multiplied by eight. Mismatches are counted against
-gfloat on 2^20 bit patterns spread over all exponents, specials and overflow included: all of them, and those within the
-range of the format, where no overflow policy is involved. gfloat, numpy and ml_dtypes run on one CPU thread; they have
-no other. Run it on an idle machine: work that shares the cores delays many short operations more than one long one.
+all; the table shows medians, and the ratio to torch's float16 cast there and back of the same rounds. gfloat, which
+needs seconds, works on an eighth of the values (marked *), its times multiplied by eight.
+
+Mismatches are counted against gfloat on 2^20 bit patterns spread over all exponents, specials and overflow included:
+all of them, and those within the range of the format, where no overflow policy is involved. gfloat, numpy and ml_dtypes
+run on one CPU thread; they have no other.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -95,7 +97,7 @@ def contenders(device: str) -> list[Contender]:
             found.append(Contender("torch cast", name, torch_cast(getattr(torch, fmt.torch_dtype_name))))
         if device == "cpu":
             label = "numpy" if name == "fp16" else "ml_dtypes"
-            found.append(Contender(label, name, numpy_cast(NUMPY[name]), share=8))
+            found.append(Contender(label, name, numpy_cast(NUMPY[name])))
             found.append(Contender("gfloat", name, gfloat_round(name), share=8))
     return found
 
@@ -140,6 +142,7 @@ def measure(size: int, rounds: int, device: str) -> list[Row]:
     wrong = [count_mismatches(c, device) for c in field]
     times: list[list[float]] = [[] for _ in field]
     for round_number in range(rounds + 1):
+        print(f"round {round_number} of {rounds}", end="\r", file=sys.stderr, flush=True)
         for contender, seconds in zip(field, times, strict=True):
             elapsed = time_once(contender, x)
             if round_number:  # the first round warms up

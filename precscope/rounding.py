@@ -11,10 +11,10 @@ scale and nothing can overflow on the way.
 
 Speed. fp16 and bf16 in their plain form are torch's own casts, with two exceptions: from float64 (torch casts float64
 to float16 through float32 and so rounds twice) and under torch.compile (which removes such pairs of casts). The rest is
-written down twice. Compiled by numba it is one pass over the values: on the CPU, for nearest_even and toward_zero, where
-float32 holds all that matters. As torch operations, each a pass, it runs everywhere; torch.compile fuses them, and on the
-CPU they work through pieces that stay in cache. (As fast as one pass, but only while nobody else wants the cores: the
-threads wait for one another after each operation. That is what the compiled form is for.)
+written down twice. Compiled by numba it is one pass over the values: on the CPU, for nearest_even and toward_zero where
+float32 is wide enough. As torch operations, each of them a pass, it runs everywhere; torch.compile fuses them, and on
+the CPU they work through pieces that stay in cache. (In pieces they are as fast as the compiled form, but only while
+nobody else wants the cores: threads wait for one another after each operation.)
 
 The rules for NaN, inf, overflow, -0 and the three roundings are those of `reference`, the scalar twin.
 """
@@ -37,9 +37,9 @@ from .reference import check_rounding, check_scale_exponent
 
 _CONTAINERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _CASTS = {get_format("fp16"): torch.float16, get_format("bf16"): torch.bfloat16}
-_PIECE = (
-    2**19
-)  # elements: a few float32 buffers of that size stay in cache; also what makes another thread worth its start
+_PIECE = 2**19  # elements: a few float32 buffers of that size stay in cache
+_COMPILED_FROM = 2**12  # elements: below, calling compiled code and calling torch operations takes equally long
+_PER_THREAD = 2**20  # elements that make a thread worth its start
 
 
 def quantize(
@@ -163,10 +163,11 @@ def _round(x: Tensor, rounder: _Rounder, generator: torch.Generator | None) -> T
     if x.device.type != "cpu" or type(x) is not Tensor or compiling:
         return _round_piece(x, rounder, generator, look=False)
     working = rounder.working_dtype(x.dtype)
-    kernel = _compiled() if working is torch.float32 and rounder.rounding != "stochastic" else None
-    if kernel is not None:
-        x32 = x.to(working)
-        return _in_memory_order(x32, lambda values, out: _run(kernel, values, out, rounder)).to(x.dtype)
+    if working is torch.float32 and rounder.rounding != "stochastic" and x.numel() >= _COMPILED_FROM:
+        kernel = _compiled()
+        if kernel is not None:
+            wide = x.to(working)
+            return _in_memory_order(wide, lambda values, out: _run(kernel, values, out, rounder)).to(x.dtype)
     if x.numel() <= _PIECE:
         return _round_piece(x, rounder, generator, look=True)
 
@@ -183,10 +184,13 @@ def _in_memory_order(x: Tensor, write: Callable[[Tensor, Tensor], None]) -> Tens
     A dense x keeps its strides, channels_last for one; others become contiguous.
     """
     order = sorted(range(x.dim()), key=x.stride, reverse=True)
-    if not x.permute(order).is_contiguous():
-        x, order = x.contiguous(), list(range(x.dim()))
-    out = torch.empty_like(x)
-    write(x.permute(order).view(-1), out.permute(order).view(-1))
+    if x.is_contiguous() or not x.permute(order).is_contiguous():
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        write(x.view(-1), out.view(-1))
+    else:
+        out = torch.empty_like(x)
+        write(x.permute(order).view(-1), out.permute(order).view(-1))
     return out
 
 
@@ -204,24 +208,24 @@ def _compiled() -> Callable[..., None] | None:
         import numpy as np
     except ImportError:
         return None
-    if numba.config.DISABLE_JIT:
+    if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
         return None
 
     def kernel(x, bits, out, to_nearest, signed_zero, lowest, in_ulps, from_ulps, largest, beyond, infinite):
-        for i in range(x.size):
+        for i in range(np.uint64(x.size)):  # unsigned, and without branches, so that it is vectorised
             value = x[i]
             binade = np.uint32(bits[i] & np.uint32(0x7F800000)).view(np.float32)
             binade = min(max(binade, lowest), np.float32(2.0**127))
             ulps = value / binade * in_ulps
             y = (np.rint(ulps) if to_nearest else np.trunc(ulps)) * from_ulps * binade
-            if abs(y) > largest:
-                y = np.copysign(infinite if abs(value) == np.inf else beyond, value)
+            limit = np.copysign(infinite if abs(value) == np.inf else beyond, value)
+            y = limit if abs(y) > largest else y
             out[i] = y if signed_zero or y != 0 else np.float32(0)
 
-    try:
-        return numba.njit(_SIGNATURE, nogil=True, cache=True)(kernel)
+    try:  # error_model: numpy's does not check each divisor for zero
+        return numba.njit(_SIGNATURE, nogil=True, error_model="numpy", cache=True)(kernel)
     except RuntimeError:  # no directory to keep compiled code in
-        return numba.njit(_SIGNATURE, nogil=True)(kernel)
+        return numba.njit(_SIGNATURE, nogil=True, error_model="numpy")(kernel)
 
 
 def _run(kernel: Callable[..., None], x: Tensor, out: Tensor, rounder: _Rounder) -> None:
@@ -241,7 +245,7 @@ def _run(kernel: Callable[..., None], x: Tensor, out: Tensor, rounder: _Rounder)
         kernel(values[part], bits[part], rounded[part], to_nearest, rounder.signed_zero, *numbers)
 
     size = x.numel()
-    count = max(1, min(torch.get_num_threads(), size // _PIECE))
+    count = max(1, min(torch.get_num_threads(), size // _PER_THREAD))
     bounds = [size * i // count for i in range(count + 1)]
     others = [threading.Thread(target=work, args=pair) for pair in pairwise(bounds[1:])]
     for thread in others:

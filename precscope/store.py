@@ -63,7 +63,10 @@ def prepare_directory(out: str | Path, *, exist: str = "error") -> Path:
 
 
 def _remove_run(path: Path) -> None:
-    patterns = ("stats-*.parquet", "ops-*.parquet", "train.parquet", "cost.parquet", "graph.json", "run.json")
+    patterns = (
+        "stats-*.parquet", "ops-*.parquet", "train.parquet", "cost.parquet", "graph.json", "plan.json",
+        "checkpoints/step-*.pt", "run.json",
+    )  # fmt: skip
     for pattern in patterns:
         for file in [*path.glob(pattern), *path.glob("rank-*/" + pattern)]:
             file.unlink(missing_ok=True)

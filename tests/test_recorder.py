@@ -476,3 +476,31 @@ def test_a_batch_of_nan_is_counted(tmp_path):
     table = Profile.load(tmp_path / "run").ask("fp16")
     row = table[(table.module == "fc1") & (table.role == "input")].iloc[0]
     assert row.nonfinite == 1.0 and row.overflow_hi == 0.0
+
+
+def test_paused_parts_are_not_recorded(tmp_path):
+    model = build("mlp")
+    with record(model, tmp_path / "run", every=1) as rec:
+        models.loss_of(model, models.batch(0)).backward()
+        with rec.paused(), torch.no_grad():
+            model(models.batch(1, 100)[0])
+        rec.step()
+    assert merged(Profile.load(tmp_path / "run"), "fc1", Role.OUTPUT).count == 6 * 16
+
+
+def test_updates_of_a_step_that_the_device_skipped_are_left_out(tmp_path):
+    """A fused optimizer is told found_inf and decides on the device; its step hooks fire all the same."""
+    torch.manual_seed(0)
+    model = models.MLP()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+    with record(model, tmp_path / "run", optimizer=optimizer, scaler=scaler, every=1) as rec:
+        for step in range(2):
+            loss = models.loss_of(model, models.batch(step))
+            scaler.scale(loss * (2.0**100 if step == 0 else 1.0)).backward()
+            scaler.step(optimizer)
+            scaler.update(2.0**10)
+            optimizer.zero_grad()
+            rec.step()
+    history = Profile.load(tmp_path / "run").history()
+    assert set(history[history.role == "update"].step) == {1}

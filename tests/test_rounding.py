@@ -6,6 +6,9 @@ import itertools
 import math
 import random
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +16,23 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from precscope import rounding as rounding_module
 from precscope.errors import FormatError, UsageError
 from precscope.formats import FloatFormat, format_names, get_format
 from precscope.reference import quantize_scalar
-from precscope.rounding import _PIECE, quantize
+from precscope.rounding import quantize
 
-PIECE_AND_A_BIT = _PIECE + 77  # larger than what quantize works through at once
+PIECE = rounding_module._PIECE
+PIECE_AND_A_BIT = PIECE + 77  # larger than what the torch operations work through at once
+
+
+@pytest.fixture(params=["compiled", "torch operations"])
+def each_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the test with both of the forms in which quantize is written."""
+    if request.param == "torch operations":
+        monkeypatch.setattr(rounding_module, "_compiled", lambda: None)
+    else:
+        assert rounding_module._compiled() is not None, "numba is part of the installation"
 
 
 def bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -226,10 +240,11 @@ def test_the_twin_draws_from_the_source_given() -> None:
 # --- tensors of every kind --------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("fmt", ["fp16", "bf16", "e4m3", "tf32"])
-@pytest.mark.parametrize("side", [8, 800], ids=["small", "in pieces"])
+@pytest.mark.parametrize("side", [8, 100, 800], ids=str)
 def test_shapes_and_strides(fmt: str, side: int) -> None:
-    assert side == 8 or side**2 > _PIECE
+    assert side < 200 or side**2 > PIECE
     x = torch.randn(side, side, generator=torch.Generator().manual_seed(1)) * 300
     want = quantize(x.clone(), fmt)
     assert bits_equal(quantize(x.t(), fmt), want.t())
@@ -239,15 +254,17 @@ def test_shapes_and_strides(fmt: str, side: int) -> None:
     assert quantize(x.t(), fmt).stride() == x.t().stride()
 
 
+@pytest.mark.usefixtures("each_way")
 def test_channels_last_stays_channels_last() -> None:
-    for side in (4, 260):
-        assert side == 4 or 16 * side**2 > _PIECE
+    for side in (4, 64, 260):
+        assert side < 100 or 16 * side**2 > PIECE
         x = torch.randn(2, 8, side, side).contiguous(memory_format=torch.channels_last)
         y = quantize(x, "e5m2")
         assert y.is_contiguous(memory_format=torch.channels_last)
         assert bits_equal(y, quantize(x.contiguous(), "e5m2"))
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fmt", ["fp16", "e4m3"])
 def test_empty_and_scalar_tensors_of_every_dtype(fmt: str, dtype: torch.dtype) -> None:
@@ -260,20 +277,46 @@ def test_empty_and_scalar_tensors_of_every_dtype(fmt: str, dtype: torch.dtype) -
     assert scalar.item() == quantize_scalar(torch.tensor(1.06, dtype=dtype).item(), fmt)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("fmt", format_names())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_input_is_neither_changed_nor_shared(fmt: str, dtype: torch.dtype) -> None:
-    x = torch.randn(100, generator=torch.Generator().manual_seed(1)).to(dtype) * 1000
+    x = torch.randn(5000, generator=torch.Generator().manual_seed(1)).to(dtype) * 1000
     before = x.clone()
     y = quantize(x, fmt)
     y.zero_()
     assert torch.equal(x, before)
 
 
+def test_the_number_of_threads_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(10_007, generator=torch.Generator().manual_seed(1)) * 100
+    alone = quantize(x, "e4m3")
+    monkeypatch.setattr(rounding_module, "_PER_THREAD", 1000)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 16):
+            torch.set_num_threads(threads)
+            assert bits_equal(quantize(x, "e4m3"), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_without_numba_torch_operations_do_the_work() -> None:
+    """In a process of its own, in which numba cannot be imported."""
+    code = (
+        "import sys; sys.modules['numba'] = None\n"
+        "import torch; from precscope.rounding import quantize, _compiled\n"
+        "assert _compiled() is None\n"
+        "assert (quantize(torch.full((5000,), 1.06), 'e4m3') == 1).all()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+@pytest.mark.usefixtures("each_way")
 def test_overflow_in_one_piece_only() -> None:
     """The search for overflow, piece by piece, misses neither the first nor the last value."""
     x = torch.ones(2 * PIECE_AND_A_BIT)
-    for position in (0, _PIECE - 1, _PIECE, x.numel() - 1):
+    for position in (0, PIECE - 1, PIECE, x.numel() - 1):
         for value, fmt, want in ((-1e6, "e5m2", -math.inf), (1e6, "e4m3", math.nan), (math.nan, "e5m2", math.nan)):
             one = x.clone()
             one[position] = value

@@ -1,5 +1,7 @@
 """quantize against three independent implementations: gfloat, ml_dtypes (with numpy) and torch's own casts.
 
+quantize is written twice, as compiled code and as torch operations: `both_ways` runs both and demands the same bits.
+
 Each comparison demands equality of every bit, the sign of zero included; only NaNs count as equal whatever their
 payload. Where an oracle follows another policy, the test says which values it leaves out and why.
 """
@@ -16,6 +18,7 @@ import pytest
 import torch
 from gfloat.types import Domain
 
+from precscope import rounding as rounding_module
 from precscope.formats import get_format
 from precscope.rounding import quantize
 
@@ -134,6 +137,15 @@ def by_gfloat(x: np.ndarray, name: str, rounding: str, saturate: bool, scale_exp
         return np.ldexp(rounded.astype(np.float64), -scale_exponent)
 
 
+def both_ways(x: torch.Tensor, name: str, **options) -> torch.Tensor:
+    """quantize, after comparing what its compiled form and its torch operations give."""
+    got = quantize(x, name, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounding_module, "_compiled", lambda: None)
+        assert_same(quantize(x, name, **options), got.double().numpy(), x.double().numpy())
+    return got
+
+
 def assert_same(got: torch.Tensor, want: np.ndarray, x: np.ndarray) -> None:
     """Bitwise equality in float64 (which holds every value of every container), NaN equal to NaN."""
     got = got.double().numpy()
@@ -174,7 +186,7 @@ def test_gfloat_means_the_same_format(name: str) -> None:
 @both_policies
 def test_float32_against_gfloat(name: str, rounding: str, saturate: bool) -> None:
     x = np.concatenate([spread_float32(), with_neighbours(as_float32(boundaries(name)))])
-    got = quantize(torch.from_numpy(x), name, rounding=rounding, saturate=saturate)
+    got = both_ways(torch.from_numpy(x), name, rounding=rounding, saturate=saturate)
     assert got.dtype == torch.float32
     assert_same(got, by_gfloat(x, name, rounding, saturate), x)
 
@@ -186,7 +198,7 @@ def test_float32_with_scale_against_gfloat(name: str, rounding: str, saturate: b
     for k in (-120, -9, 6, 130):
         edges = as_float32(np.ldexp(boundaries(name)[::7], -k))
         x = np.concatenate([spread_float32()[:: 2**5], with_neighbours(edges)])
-        got = quantize(torch.from_numpy(x), name, rounding=rounding, saturate=saturate, scale_exponent=k)
+        got = both_ways(torch.from_numpy(x), name, rounding=rounding, saturate=saturate, scale_exponent=k)
         assert_same(got, as_float32(by_gfloat(x, name, rounding, saturate, k)).astype(np.float64), x)
 
 
@@ -197,7 +209,7 @@ def test_float32_with_scale_against_gfloat(name: str, rounding: str, saturate: b
 def test_every_16_bit_code_against_gfloat(dtype: torch.dtype, name: str, rounding: str, saturate: bool) -> None:
     x = codes(dtype)
     for k in (-10, 0, 7):
-        got = quantize(x, name, rounding=rounding, saturate=saturate, scale_exponent=k)
+        got = both_ways(x, name, rounding=rounding, saturate=saturate, scale_exponent=k)
         assert got.dtype == dtype
         exact = by_gfloat(x.double().numpy(), name, rounding, saturate, k)
         with np.errstate(all="ignore"):  # beyond the container's range: its inf
@@ -210,7 +222,7 @@ def test_every_16_bit_code_against_gfloat(dtype: torch.dtype, name: str, roundin
 @both_policies
 def test_float64_against_gfloat(name: str, rounding: str, saturate: bool) -> None:
     x = np.concatenate([spread_float64(), with_neighbours(boundaries(name if name != "fp32" else "tf32"))])
-    got = quantize(torch.from_numpy(x), name, rounding=rounding, saturate=saturate)
+    got = both_ways(torch.from_numpy(x), name, rounding=rounding, saturate=saturate)
     assert_same(got, by_gfloat(x, name, rounding, saturate), x)
 
 
@@ -235,7 +247,7 @@ def test_float32_against_ml_dtypes(name: str, saturate: bool) -> None:
     x = ml_dtypes_input(x, name)
     largest = np.float32(get_format(name).max)
     limited = np.clip(x, -largest, largest) if saturate else x  # ml_dtypes has no saturating cast: clip first
-    assert_same(quantize(torch.from_numpy(x), name, saturate=saturate), by_ml_dtypes(limited, name), x)
+    assert_same(both_ways(torch.from_numpy(x), name, saturate=saturate), by_ml_dtypes(limited, name), x)
 
 
 @pytest.mark.parametrize("name", [n for n in FORMATS if n != "tf32"])
@@ -246,14 +258,14 @@ def test_every_16_bit_code_against_ml_dtypes(dtype: torch.dtype, name: str) -> N
         wide = ml_dtypes_input(x.astype(np.float32), name)
         narrow = wide.astype(CONTAINERS[dtype])
         want = narrow.astype(NUMPY_DTYPES[name]).astype(CONTAINERS[dtype]).astype(np.float64)
-    assert_same(quantize(torch.from_numpy(wide).to(dtype), name), want, wide)
+    assert_same(both_ways(torch.from_numpy(wide).to(dtype), name), want, wide)
 
 
 @pytest.mark.parametrize("name", ["fp32", "fp16"])
 def test_float64_against_numpy(name: str) -> None:
     """Only numpy's own types: from float64 the casts of ml_dtypes and of torch go through float32 and round twice."""
     x = np.concatenate([spread_float64(), with_neighbours(boundaries("fp16"))])
-    assert_same(quantize(torch.from_numpy(x), name), by_ml_dtypes(x, name), x)
+    assert_same(both_ways(torch.from_numpy(x), name), by_ml_dtypes(x, name), x)
 
 
 # --- torch ------------------------------------------------------------------------------------------------------
@@ -270,11 +282,11 @@ def test_float32_against_torch_casts_where_nothing_overflows(name: str, scale_ex
     x = x[scaled.double() == x.double() * 2.0**scale_exponent]
     want = (x * 2.0**scale_exponent).to(getattr(torch, fmt.torch_dtype_name)).double() * 2.0**-scale_exponent
     assert x.numel() > 2**16
-    assert_same(quantize(x, name, scale_exponent=scale_exponent), want.numpy(), x.numpy())
+    assert_same(both_ways(x, name, scale_exponent=scale_exponent), want.numpy(), x.numpy())
 
 
 @pytest.mark.parametrize("name", ["fp64", "fp32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_wider_formats_change_nothing(name: str, dtype: torch.dtype) -> None:
     x = torch.from_numpy(spread_float32()).to(dtype)
-    assert_same(quantize(x, name), x.double().numpy(), x.double().numpy())
+    assert_same(both_ways(x, name), x.double().numpy(), x.double().numpy())

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..kernels import SlotBuffer
-from ..sites import Site
+from ..sites import Role, Site
 from ..stats import StatsTable
 from ..store import StatsWriter
 
@@ -30,6 +30,7 @@ class Observations:
         self._ratios: dict[tuple[int, Site], Slot] = {}
         self._scales: dict[int, float | torch.Tensor] = {}
         self._unscaled: set[tuple[int, Site]] = set()
+        self._skipped: dict[int, torch.Tensor] = {}
         self.used = 0
 
     def _slot(self, device: torch.device) -> tuple[SlotBuffer, Slot]:
@@ -81,12 +82,17 @@ class Observations:
         """Whether this step's loss scale is known."""
         return step in self._scales
 
+    def drop_updates_if(self, step: int, flag: torch.Tensor) -> None:
+        """Leave this step's update rows out where `flag` turns out to be non-zero: the optimizer did not step."""
+        self._skipped[step] = flag
+
     def drain(self, writer: StatsWriter) -> int:
         """Write all rows as one part and forget them. Returns the number of rows written.
 
         They are forgotten also where writing fails, so that a full disk cannot grow the memory of the run.
         """
-        rows = list(self._rows)
+        skipped = {step for step, flag in self._skipped.items() if float(flag.max()) != 0}
+        rows = [r for r in self._rows if r[0] not in skipped or r[1].role is not Role.UPDATE]
         try:
             if rows:
                 writer.write(*self._read(rows))
@@ -128,6 +134,7 @@ class Observations:
         self._ratios.clear()
         self._scales.clear()
         self._unscaled.clear()
+        self._skipped.clear()
         self.used = 0
 
 

@@ -7,12 +7,13 @@ are untouched: hooks only read.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -110,6 +111,15 @@ class Recorder:
                 self._flush(raising=self.on_error == "raise")
         self.index += 1
         self._begin_step()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs inside, an evaluation in mid-run for instance, is not recorded."""
+        self._watcher.paused = True
+        try:
+            yield
+        finally:
+            self._watcher.paused = False
 
     def flush(self) -> None:
         """Write what was recorded so far. Raises RunDirectoryError where the directory cannot be written."""

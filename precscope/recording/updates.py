@@ -74,6 +74,9 @@ class OptimizerWatcher:
     @torch.no_grad()
     def _post(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         assert self._step is not None
+        found_inf = getattr(optimizer, "found_inf", None)
+        if isinstance(found_inf, torch.Tensor):  # a fused optimizer decides on the device whether it steps
+            self._observations.drop_updates_if(self._step, found_inf.detach().clone())
         for parameter in _parameters(optimizer):
             before = self._before.pop(parameter, None)
             after = dense(parameter)

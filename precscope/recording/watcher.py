@@ -82,6 +82,7 @@ class Watcher:
         self._counts: Counter[tuple[str, bool]] = Counter()
         self._step: int | None = None
         self._weights_done = False
+        self.paused = False
 
     @property
     def attached(self) -> bool:
@@ -127,6 +128,8 @@ class Watcher:
     # hooks
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.paused:
+            return
         recompute = _inside_backward()
         if module is self.model and not recompute:
             self._begin_pass()
@@ -143,6 +146,8 @@ class Watcher:
         self._stack.append((name, call))
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self.paused:
+            return
         name = self.names[module]
         while self._stack:  # calls that raised below us may have left theirs
             top, call = self._stack.pop()
