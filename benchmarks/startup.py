@@ -1,6 +1,6 @@
 """How long the command line takes to answer: whole processes, from start to exit.
 
-    python benchmarks/startup.py [--runs 15] [--json OUT]
+python benchmarks/startup.py [--runs 15] [--json OUT]
 """
 
 from __future__ import annotations

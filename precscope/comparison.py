@@ -125,6 +125,8 @@ def _row(run: dict[str, Any], base: dict[str, Any]) -> RunRow:
 def _low_share(run: dict[str, Any]) -> float:
     """Share of the FLOPs in formats narrower than tf32: autocast runs every matrix product low, a plan says itself."""
     precision = run.get("precision")
+    if "low_precision_flops_share" in run:
+        return _number(run, "low_precision_flops_share")
     if precision in ("fp32", "tf32"):
         return 0.0
     if precision in ("bf16", "fp16"):

@@ -234,8 +234,11 @@ def _signal_and_noise(
     error = kept @ table.error - np.where(cut, 1 - top, 0.0) * (in_top @ table.error)
     usable = ~cut & np.isfinite(sumsq) & (sumsq > 0)  # squares of fp64 values can leave float64
     signal = np.where(usable, sumsq, energy)
+    # Flushed values lose their energy: the more of all energy they hold, the better the recorded sum tells it.
     flush_error = counts @ table.flush_error
-    error += np.minimum(flush_error, signal) - flush_error  # flushed values cannot lose more energy than there is
+    share = np.divide(flush_error, energy, out=np.zeros_like(energy), where=energy > 0).clip(0, 1)
+    told = np.divide(signal, energy, out=np.ones_like(energy), where=energy > 0)
+    error += np.minimum(flush_error * (1 + share * (told - 1)), signal) - flush_error
     return signal, np.where(lo == counts.sum(axis=1), 0.0, np.maximum(error, 0.0))
 
 

@@ -336,7 +336,7 @@ def test_compare_table_has_every_figure(view):
         "inf",
         "low",
     ]
-    assert " ".join(lines[3].split()) == "fp16 2.004 2.004 +0.20% 300.0 1.33x 2 GB 2 0 –"
+    assert " ".join(lines[3].split()) == "fp16 2.004 2.004 +0.20% 300.0 1.33x 2 GB 2 0 100%"
     assert lines[4].split()[-1] == "80%"
 
 

@@ -125,7 +125,9 @@ function ask(site, fmt, k) {
   const energyKept = keptEnergy - (cut ? 1 - topShare : 0) * topEnergy;
   let error = keptError - (cut ? 1 - top : 0) * topError;
   let signal = !cut && Number.isFinite(site.sumsq) && site.sumsq > 0 ? site.sumsq : energyKept;
-  error += Math.min(flushError, signal) - flushError;
+  const share = energyKept > 0 ? Math.min(Math.max(flushError / energyKept, 0), 1) : 0;
+  const told = energyKept > 0 ? signal / energyKept : 1;
+  error += Math.min(flushError * (1 + share * (told - 1)), signal) - flushError;
   let noise = lo === finite ? 0 : Math.max(error, 0);
 
   // All magnitudes equal: nothing is left to estimate.
