@@ -34,11 +34,12 @@ SCHEMA = 1
 _META = {b"precscope.schema": str(SCHEMA).encode(), b"precscope.kind": b"stats"}
 
 
-def prepare_directory(out: str | Path, *, exist: str = "error") -> Path:
+def prepare_directory(out: str | Path, *, exist: str = "error", ranks: int = 1) -> Path:
     """Make the run directory `out` and prove that it can be written to.
 
     exist: what to do with a run that is already there: "error" refuses, "overwrite" removes precscope's own files from
-    it (and nothing else), "append" keeps them and adds to them.
+    it (and nothing else), "append" keeps them and adds to them. ranks: how many processes write to it now: what an
+    earlier run of more left is removed with it.
     Raises RunDirectoryError where it cannot be made or written, UsageError where a run is there and exist="error".
     """
     if exist not in ("error", "overwrite", "append"):
@@ -58,18 +59,43 @@ def prepare_directory(out: str | Path, *, exist: str = "error") -> Path:
                 f"{path} already holds a run: choose another directory, or pass exist='overwrite' (--overwrite)"
             )
         if exist == "overwrite":
-            _remove_run(path)
+            _remove_run(path, ranks)
     return path
 
 
-def _remove_run(path: Path) -> None:
+def rank_name(rank: int) -> str:
+    """Name of the directory, below the run's, into which process `rank` > 0 writes."""
+    return f"rank-{rank:05d}"
+
+
+def _remove_run(path: Path, ranks: int) -> None:
     patterns = (
         "stats-*.parquet", "ops-*.parquet", "train.parquet", "cost.parquet", "graph.json", "plan.json",
         "checkpoints/step-*.pt", "run.json",
     )  # fmt: skip
-    for pattern in patterns:
-        for file in [*path.glob(pattern), *path.glob("rank-*/" + pattern)]:
-            file.unlink(missing_ok=True)
+    stale = [p for p in path.glob("rank-*") if p.name >= rank_name(ranks)]
+    for directory in (path, *stale):
+        for pattern in patterns:
+            for file in directory.glob(pattern):
+                file.unlink(missing_ok=True)
+
+
+def drop_steps(directory: Path, first: int) -> None:
+    """Take the rows of steps from `first` on out of the parts in `directory`: a resumed run records them again.
+
+    Raises RunDirectoryError where a part cannot be read or written.
+    """
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    for path in sorted(directory.glob("stats-*.parquet")):
+        table = read_part(path)
+        kept = table.filter(pc.less(table.column("step"), first))
+        if not kept.num_rows:
+            path.unlink()
+        elif kept.num_rows < table.num_rows:
+            with replacing(path) as temporary:
+                pq.write_table(kept, temporary, compression="zstd")
 
 
 @contextlib.contextmanager
@@ -280,4 +306,7 @@ def read_part(path: Path) -> pa.Table:
     number = int(metadata[b"precscope.schema"])
     if number > SCHEMA:
         raise RunDirectoryError(f"{path} has schema {number}, this precscope reads up to {SCHEMA}: upgrade precscope")
+    missing = set(stats_schema().names) - set(table.column_names)
+    if missing:
+        raise RunDirectoryError(f"{path} lacks the columns {', '.join(sorted(missing))}: {advice}")
     return table

@@ -36,6 +36,8 @@ def nothing_left_behind():
     assert not torch.nn.modules.module._global_forward_hooks, "a global forward hook was left behind"
     left = [type(m).__name__ for m in list(_made) if any(_is_ours(h) for h in _hooks(m))]
     assert not left, f"hooks left on {left[:3]}"
+    hooked = [n for m in list(_made) for n, p in m._parameters.items() if p is not None and p._backward_hooks]
+    assert not hooked, f"gradient hooks left on {hooked[:3]}"
 
 
 def _hooks(module):

@@ -147,8 +147,9 @@ def test_call_indices_and_the_cap(tmp_path):
 def test_recomputation_is_not_counted_twice(tmp_path, name):
     run(build(name), watch=watched(tmp_path / "run"), steps=1)
     profile = Profile.load(tmp_path / "run")
-    for module, role in (("body.fc1", Role.OUTPUT), ("body.fc1", Role.INPUT), ("body.fc1", Role.GRAD_OUTPUT)):
-        width = 16 if role is not Role.INPUT else 8
+    roles = (Role.OUTPUT, Role.INPUT, Role.GRAD_OUTPUT, Role.GRAD_INPUT)
+    for module, role in [("body.fc1", r) for r in roles] + [("body", Role.GRAD_INPUT)]:
+        width = 16 if role in (Role.OUTPUT, Role.GRAD_OUTPUT) else 8
         assert merged(profile, module, role).count == 6 * width, (module, role)
     assert {s.call for s in profile.sites} == {0}
 
@@ -309,10 +310,12 @@ def test_a_model_that_raises_inside_forward(tmp_path):
     assert (history.query("module == 'fc2' and role == 'output'")["count"] == 6 * 4).all()
 
 
-def test_inference_and_no_grad(tmp_path):
+@pytest.mark.parametrize("first", ["no_grad", "inference_mode"])
+def test_inference_and_no_grad(tmp_path, first):
     model = build("mlp").eval()
+    contexts = [torch.no_grad(), torch.inference_mode()]
     with record(model, tmp_path / "run", every=1) as rec:
-        for context in (torch.no_grad(), torch.inference_mode()):
+        for context in contexts if first == "no_grad" else contexts[::-1]:
             with context:
                 model(models.batch(0)[0])
             rec.step()
@@ -504,3 +507,189 @@ def test_updates_of_a_step_that_the_device_skipped_are_left_out(tmp_path):
             rec.step()
     history = Profile.load(tmp_path / "run").history()
     assert set(history[history.role == "update"].step) == {1}
+
+
+def test_a_sequential_root_begins_a_pass(tmp_path):
+    """Micro-batches of a plain nn.Sequential merge; they are no further calls."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    run(model, watch=watched(tmp_path / "run"), steps=2, accumulate=3)
+    profile = Profile.load(tmp_path / "run")
+    assert {s.call for s in profile.sites} == {0}
+    assert {m["name"]: m["calls"] for m in profile.graph["modules"]} == {"": 1, "0": 1, "1": 1, "2": 1}
+
+
+def test_deepcopy_in_a_recorded_step(tmp_path):
+    import copy
+
+    model = build("mlp")
+    with record(model, tmp_path / "run", every=1) as rec:
+        models.loss_of(model, models.batch(0)).backward()
+        ema = copy.deepcopy(model)
+        ema(models.batch(1)[0])  # a copy is not the model: not recorded
+        rec.step()
+    assert merged(Profile.load(tmp_path / "run"), "fc1", Role.OUTPUT).count == 6 * 16
+    ema(models.batch(1)[0])
+    for hooks in (m._forward_hooks for m in ema.modules()):
+        hooks.clear()
+    for hooks in (m._forward_pre_hooks for m in ema.modules()):
+        hooks.clear()
+
+
+def test_compile_stance_is_put_back_with_two_recorders(tmp_path):
+    import torch._dynamo.eval_frame as eval_frame
+
+    a, b = build("mlp"), build("mlp")
+    for m in (a, b):
+        torch.compile(m, backend="eager")
+    stance = torch.compiler.set_stance("eager_on_recompile")
+    try:
+        with record(a, tmp_path / "a", every=2) as ra, record(b, tmp_path / "b", every=3) as rb:
+            for step in range(4):
+                expected = "force_eager" if step % 2 == 0 or step % 3 == 0 else "eager_on_recompile"
+                assert eval_frame._stance.stance == expected, step
+                ra.step()
+                rb.step()
+        assert eval_frame._stance.stance == "eager_on_recompile"
+    finally:
+        stance.__exit__(None, None, None)
+
+
+def test_step_outside_the_block(tmp_path):
+    model = build("mlp")
+    rec = record(model, tmp_path / "run", every=1)
+    with pytest.raises(UsageError, match="belongs inside the with block"):
+        rec.step()
+    with rec:
+        pass
+    with pytest.raises(UsageError, match="belongs inside the with block"):
+        rec.step()
+    assert not model.fc1._forward_hooks
+
+
+def test_several_optimizer_steps_in_one_recorded_step(tmp_path):
+    model = nn.Linear(8, 4, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with record(model, tmp_path / "run", optimizer=optimizer, every=1) as rec:
+        for step in range(3):
+            models.loss_of(model, models.batch(step)).backward()
+            optimizer.step()
+        rec.step()
+    profile = Profile.load(tmp_path / "run")
+    assert merged(profile, "", Role.UPDATE).count == 3 * 32
+    counts, unchanged, from_zero = profile.ratios[profile.sites.index(Site("", Role.UPDATE, 0, "weight"))]
+    assert counts.sum() + unchanged + from_zero == 3 * 32
+
+
+def test_flush_inside_a_step_counts_nothing_twice(tmp_path):
+    model = build("mlp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with record(model, tmp_path / "run", optimizer=optimizer, every=1) as rec:
+        models.loss_of(model, models.batch(0)).backward()
+        rec.flush()
+        optimizer.step()
+        rec.step()
+    assert merged(Profile.load(tmp_path / "run"), "fc1", Role.GRAD_WEIGHT).count == 8 * 16 + 16
+
+
+def test_an_optimizer_step_that_raised_leaves_no_stale_copy(tmp_path):
+    model = nn.Linear(8, 4, bias=False)
+
+    class Fails(torch.optim.SGD):
+        fail = True
+
+        def step(self, closure=None):
+            if self.fail:
+                raise ArithmeticError
+            return super().step(closure)
+
+    optimizer = Fails(model.parameters(), lr=1e-3)
+    with record(model, tmp_path / "run", optimizer=optimizer, every=1) as rec:
+        with pytest.raises(ArithmeticError):
+            optimizer.step()
+        rec.step()
+        with torch.no_grad():
+            model.weight.add_(5.0)
+        optimizer.fail = False
+        models.loss_of(model, models.batch(0)).backward()
+        optimizer.step()
+        rec.step()
+    assert merged(Profile.load(tmp_path / "run"), "", Role.UPDATE).amax < 0.1
+
+
+def test_torch_func_and_unusual_tensors_pass_unseen(tmp_path):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.register_buffer("scales", torch.ones(4).to(torch.float8_e8m0fnu))
+
+        def forward(self, x):
+            return self.fc(x)
+
+    model = Odd()
+    with record(model, tmp_path / "run", every=1) as rec:
+        per_sample = torch.func.vmap(torch.func.grad(lambda x: model(x).sum()))(torch.ones(3, 4))
+        assert per_sample.shape == (3, 4)
+        model(torch.ones(2, 4)).sum().backward()
+        rec.step()
+    assert merged(Profile.load(tmp_path / "run"), "fc", Role.OUTPUT).count == 8
+
+
+def test_a_recursive_root(tmp_path):
+    class Recursive(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x, depth=2):
+            return self(self.fc(x), depth - 1) if depth else x
+
+    with record(Recursive(), tmp_path / "run", every=1) as rec:
+        rec.model(torch.ones(2, 4)).sum().backward()
+        rec.step()
+    assert {s.call for s in Profile.load(tmp_path / "run").sites if s.module == "fc"} == {0, 1}
+
+
+def test_edges_go_to_the_innermost_taker_and_flops_are_estimated(tmp_path):
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.block = nn.Linear(8, 8), models.MLP(8, 4)
+
+        def forward(self, x):
+            return self.block(self.stem(x))
+
+    model = Outer()
+    with record(model, tmp_path / "run", every=1) as rec:
+        model(models.batch(0)[0])
+        rec.step()
+    graph = Profile.load(tmp_path / "run").graph
+    edges = {(e["producer"], e["consumer"]) for e in graph["edges"]}
+    assert ("stem", "block.fc1") in edges and ("stem", "block") not in edges
+    assert {m["name"]: m["flops"] for m in graph["modules"]}["stem"] == 2 * 6 * 8 * 8
+
+
+def test_a_resumed_recording_replaces_the_steps_it_repeats(tmp_path):
+    model = build("mlp")
+    for first, last in ((0, 6), (3, 8)):
+        with record(model, tmp_path / "run", every=1, flush_every=2, exist="append", first_step=first) as rec:
+            for step in range(first, last):
+                models.loss_of(model, models.batch(step)).backward()
+                rec.step()
+    history = Profile.load(tmp_path / "run").history().query("module == 'fc1' and role == 'output'")
+    assert history.step.tolist() == list(range(8))
+
+
+def test_a_late_rank_does_not_take_the_run_for_an_old_one(tmp_path, monkeypatch):
+    import torch.distributed as dist
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        model = build("mlp")
+        with record(model, tmp_path / "run", every=1) as rec:
+            models.loss_of(model, models.batch(rank)).backward()
+            rec.step()
+    assert merged(Profile.load(tmp_path / "run"), "fc1", Role.OUTPUT).count == 2 * 6 * 16

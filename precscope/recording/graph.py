@@ -2,10 +2,11 @@
 
     {"schema": 1,
      "modules": [{"name", "type", "parent", "params", "own_params", "calls", "elements", "flops", "leaf"}],
-     "parameters": [{"name", "shape", "dtype", "requires_grad", "owners"}],
+     "parameters": [{"name", "shape", "dtype", "requires_grad", "buffer", "owners"}],
      "edges": [{"producer", "consumer", "elements"}]}
 
-`flops` are those of one forward pass spent in the module itself, children not counted: 0 where not measured.
+`flops` are those of one forward pass spent in the module itself, children not counted: counted by ps.profile, elsewhere
+estimated from the weights (2 per weight and output position), attention and what is functional left out.
 `elements` is the size of the largest output. `producer` is the innermost module in which the tensor came to be,
 `consumer` a module that took it as input, or, where none did, the one whose own code received it.
 """
@@ -21,17 +22,19 @@ from .watcher import Watcher
 SCHEMA = 1
 
 
-def describe(watcher: Watcher, flops: dict[str, int] | None = None, passes: int = 1) -> dict[str, Any]:
-    """Content of graph.json. passes: forward passes that were watched (calls are given per pass)."""
+def describe(watcher: Watcher, flops: dict[str, int] | None = None) -> dict[str, Any]:
+    """Content of graph.json. flops: of one pass per module; estimated from the weights where not given."""
     names = set(watcher.names.values())
-    flops = flops or {}
-    modules = [_module(m, name, names, watcher, flops, max(passes, 1)) for m, name in watcher.names.items()]
+    passes = max(watcher.passes, 1)
+    flops = flops or {name: n // passes for name, n in watcher.flops.items()}
+    modules = [_module(m, name, names, watcher, flops, passes) for m, name in watcher.names.items()]
     parameters = [
         {
             "name": ".".join(filter(None, (sites[0].module, sites[0].tensor))),
             "shape": list(tensor.shape),
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "requires_grad": tensor.requires_grad,
+            "buffer": not isinstance(tensor, nn.Parameter),
             "owners": [s.module for s in sites],
         }
         for tensor, sites in watcher.owners.items()

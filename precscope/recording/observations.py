@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..kernels import SlotBuffer
-from ..sites import Role, Site
+from ..sites import Site
 from ..stats import StatsTable
 from ..store import StatsWriter
 
@@ -27,21 +27,23 @@ class Observations:
         self._buffers: dict[str, SlotBuffer] = {}
         self._next: dict[str, int] = {}
         self._rows: dict[tuple[int, Site], list[Slot]] = {}
-        self._ratios: dict[tuple[int, Site], Slot] = {}
+        self._ratios: dict[tuple[int, Site], list[Slot]] = {}
         self._scales: dict[int, float | torch.Tensor] = {}
         self._unscaled: set[tuple[int, Site]] = set()
-        self._skipped: dict[int, torch.Tensor] = {}
+        self._skipped: dict[tuple[int, Site], torch.Tensor] = {}
+        self._linked: set[Site] = set()
         self.used = 0
 
     def _slot(self, device: torch.device) -> tuple[SlotBuffer, Slot]:
         key = str(device)
         buffer = self._buffers.get(key)
-        if buffer is None:
-            buffer = self._buffers[key] = SlotBuffer(device)
-            self._next[key] = 0
-        index = self._next[key]
-        if index >= buffer.capacity:
-            buffer.grow(2 * buffer.capacity)
+        with torch.inference_mode(False):  # a buffer made inside inference mode could not be used outside it
+            if buffer is None:
+                buffer = self._buffers[key] = SlotBuffer(device)
+                self._next[key] = 0
+            index = self._next[key]
+            if index >= buffer.capacity:
+                buffer.grow(2 * buffer.capacity)
         self._next[key] = index + 1
         self.used += 1
         return buffer, (key, index)
@@ -59,20 +61,25 @@ class Observations:
         buffer.accumulate_update(slot[1], ratio[1], before, after)
         for site in sites:
             self.link(step, site, slot)
-            self._ratios[step, site] = ratio
+            self._ratios.setdefault((step, site), []).append(ratio)
 
     def link(self, step: int, site: Site, slot: Slot) -> None:
         """Let `slot` count for the row (step, site)."""
         self._rows.setdefault((step, site), []).append(slot)
+        self._linked.add(site)
 
     def link_unscaled(self, step: int, site: Site, slot: Slot) -> None:
         """Like `link`, for a gradient out of which the loss scale was divided already."""
         self.link(step, site, slot)
         self._unscaled.add((step, site))
 
-    def has(self, step: int, site: Site) -> bool:
-        """Whether the row (step, site) has statistics."""
-        return (step, site) in self._rows
+    def begin_step(self) -> None:
+        """A step begins: no site has been seen in it."""
+        self._linked.clear()
+
+    def has(self, site: Site) -> bool:
+        """Whether `site` was seen in the running step, flushed or not."""
+        return site in self._linked
 
     def set_scale(self, step: int, scale: float | torch.Tensor) -> None:
         """Remember the loss scale that multiplied this step's gradients (the first one told wins)."""
@@ -82,17 +89,17 @@ class Observations:
         """Whether this step's loss scale is known."""
         return step in self._scales
 
-    def drop_updates_if(self, step: int, flag: torch.Tensor) -> None:
-        """Leave this step's update rows out where `flag` turns out to be non-zero: the optimizer did not step."""
-        self._skipped[step] = flag
+    def drop_updates_if(self, step: int, sites: Iterable[Site], flag: torch.Tensor) -> None:
+        """Leave the update rows (step, sites) out where `flag` turns out to be non-zero: the optimizer did not step."""
+        for site in sites:
+            self._skipped[step, site] = flag
 
     def drain(self, writer: StatsWriter) -> int:
         """Write all rows as one part and forget them. Returns the number of rows written.
 
         They are forgotten also where writing fails, so that a full disk cannot grow the memory of the run.
         """
-        skipped = {step for step, flag in self._skipped.items() if float(flag.max()) != 0}
-        rows = [r for r in self._rows if r[0] not in skipped or r[1].role is not Role.UPDATE]
+        rows = [r for r in self._rows if r not in self._skipped or not float(self._skipped[r].max())]
         try:
             if rows:
                 writer.write(*self._read(rows))
@@ -119,9 +126,10 @@ class Observations:
         ratios = {}
         for i, key in enumerate(rows):
             if key in self._ratios:
-                device, index = self._ratios[key]
-                row = offsets[device] + index
-                ratios[i] = (everything.counts[row], int(everything.zeros[row]), int(everything.pos_inf[row]))
+                at = [offsets[device] + index for device, index in self._ratios[key]]
+                ratios[i] = (
+                    everything.counts[at].sum(0), int(everything.zeros[at].sum()), int(everything.pos_inf[at].sum())
+                )  # fmt: skip
         steps = np.asarray([step for step, _ in rows], np.int64)
         return steps, [site for _, site in rows], _unscale(table, scale), scale, ratios
 

@@ -23,8 +23,9 @@ from torch import nn
 
 from .. import __version__
 from ..errors import ModelError, RunDirectoryError, UsageError
-from ..store import SCHEMA, StatsWriter, prepare_directory, update_json, write_json
+from ..store import SCHEMA, StatsWriter, drop_steps, prepare_directory, rank_name, update_json, write_json
 from . import graph
+from .eager import ForcedEager
 from .observations import Observations
 from .updates import OptimizerWatcher
 from .watcher import Watcher, watched_modules
@@ -65,29 +66,35 @@ class Recorder:
         self._optimizers = _as_list(optimizer)
         self._scaler = scaler
         self._max_calls = max_calls
+        self._eager = ForcedEager()
+        self._open = False
         self.index = first_step
         self.failed: str | None = None
-        self.flops: dict[str, int] = {}
+        self.flops: dict[str, int] = {}  # of one pass per module, counted; estimated from weights where empty
         self.recorded_steps = 0
 
     # life cycle
 
     def __enter__(self) -> Recorder:
-        self.directory = _rank_directory(prepare_directory(self._out, exist=self._exist))
+        self.directory = _prepare(self._out, self._exist)
+        if self._exist == "append":
+            drop_steps(self.directory, self.index)
         self._writer = StatsWriter(self.directory)
         self._observations = Observations()
         self._watcher = Watcher(self.model, self._observations, scale=self._loss_scale, max_calls=self._max_calls)
         self._updates = OptimizerWatcher(self._optimizers, self._observations, self._watcher.owners)
         self._since_flush = 0
         self._flushed_at = time.monotonic()
-        self._forced_eager = False
+        self._graph_written = False
         self._write_run("running")
+        self._open = True
         self._begin_step()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._open = False
         self._detach()
         failing = kind is not None
         if failing and self.failed is None and isinstance(value, RunDirectoryError):
@@ -101,7 +108,12 @@ class Recorder:
             self._observations = Observations()
 
     def step(self) -> None:
-        """End an optimizer step. Call it once after each `optimizer.step()`, `scaler.update()` included."""
+        """End an optimizer step. Call it once after each `optimizer.step()`, `scaler.update()` included.
+
+        Raises UsageError outside the `with` block.
+        """
+        if not self._open:
+            raise UsageError("step() belongs inside the with block: with ps.record(model, out) as rec: ...; rec.step()")
         if self.recording:
             self.recorded_steps += 1
             self._since_flush += 1
@@ -133,8 +145,9 @@ class Recorder:
     # internals
 
     def _begin_step(self) -> None:
+        self._observations.begin_step()
         if self.failed is None and self.index % self.every == 0:
-            self._force_eager(True)
+            self._eager.hold()
             self._watcher.attach(self.index)
             self._updates.attach(self.index)
         else:
@@ -143,13 +156,7 @@ class Recorder:
     def _detach(self) -> None:
         self._watcher.detach()
         self._updates.detach()
-        self._force_eager(False)
-
-    def _force_eager(self, eager: bool) -> None:
-        """Compiled code runs no hooks: recorded steps run eagerly where anything was compiled."""
-        if eager != self._forced_eager and (not eager or "torch._dynamo" in sys.modules):
-            torch.compiler.set_stance("force_eager" if eager else "default")
-            self._forced_eager = eager
+        self._eager.release()
 
     def _loss_scale(self) -> float | torch.Tensor | None:
         """The scale of the running step, as a device tensor where there is one, so that nothing waits for it."""
@@ -165,6 +172,9 @@ class Recorder:
         self._since_flush = 0
         self._flushed_at = time.monotonic()
         self._guarded(lambda: self._observations.drain(self._writer), raising=raising)
+        if not self._graph_written and self.failed is None:  # a killed run is to have one, too
+            self._guarded(self._write_graph, raising=raising)
+            self._graph_written = True
 
     def _guarded(self, action: Any, *, raising: bool = False) -> None:
         """Do `action`; where the directory cannot be written, raise, or warn once and stop recording: a full disk must
@@ -179,7 +189,7 @@ class Recorder:
                 warnings.warn(f"precscope stopped recording: {error}", RuntimeWarning, stacklevel=4)
 
     def _write_graph(self) -> None:
-        write_json(self.directory / "graph.json", graph.describe(self._watcher, self.flops, self.recorded_steps))
+        write_json(self.directory / "graph.json", graph.describe(self._watcher, self.flops))
 
     def _write_run(self, status: str, error: BaseException | None = None) -> None:
         content = {"status": status, "recorded_steps": self.recorded_steps}
@@ -262,11 +272,12 @@ def provenance(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _rank_directory(path: Path) -> Path:
-    """Rank 0 writes into the run directory, others below it: histograms add up when the run is read."""
+def _prepare(path: Path, exist: str) -> Path:
+    """The directory of this process: rank 0 writes into the run directory, others below it; histograms add up when the
+    run is read. Each rank judges its own directory, so that none waits for another."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank = torch.distributed.get_rank() if distributed else 0
-    return path if rank == 0 else prepare_directory(path / f"rank-{rank:05d}", exist="append")
+    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+    return prepare_directory(path if rank == 0 else path / rank_name(rank), exist=exist, ranks=world)
 
 
 def _as_list(optimizer: Any) -> list[torch.optim.Optimizer]:

@@ -9,6 +9,12 @@ from typing import Any
 import torch
 
 _DEPTH = 6
+_DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16} | {
+    getattr(torch, name)
+    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+    if hasattr(torch, name)
+}
+_SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
 def named_tensors(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
@@ -40,11 +46,11 @@ def call_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[st
 
 def dense(x: torch.Tensor) -> torch.Tensor | None:
     """The values to reduce: `x` without autograd, its stored values if sparse, its local shard if distributed; None
-    where there is nothing to see (integers, meta, fake or functorch tensors, unknown subclasses)."""
-    if not x.is_floating_point() or x.device.type == "meta":
+    where there is nothing to see (integers, meta, fake or functorch tensors, unknown dtypes, layouts, subclasses)."""
+    if x.dtype not in _DTYPES or x.device.type == "meta":
         return None
     if x.layout != torch.strided:
-        return dense(_sparse_values(x))
+        return dense(_sparse_values(x)) if x.layout in _SPARSE else None
     if type(x) is torch.Tensor or type(x) is torch.nn.Parameter:
         if torch._C._functorch.is_functorch_wrapped_tensor(x):
             return None

@@ -36,6 +36,7 @@ class OptimizerWatcher:
     def attach(self, step: int) -> None:
         """Hook every optimizer; what it does from now on belongs to `step`."""
         self._step = step
+        self._before.clear()  # of an optimizer step that raised
         if self._handles:
             return
         for optimizer in self.optimizers:
@@ -66,7 +67,7 @@ class OptimizerWatcher:
         assert self._step is not None
         grad_sites = [s._replace(role=Role.GRAD_WEIGHT) for s in sites]
         values = dense(parameter.grad) if parameter.grad is not None else None
-        if values is not None and not self._observations.has(self._step, grad_sites[0]):
+        if values is not None and not self._observations.has(grad_sites[0]):
             slot = self._observations.reduce(values)
             for site in grad_sites:
                 self._observations.link_unscaled(self._step, site, slot)
@@ -76,14 +77,17 @@ class OptimizerWatcher:
         assert self._step is not None
         found_inf = getattr(optimizer, "found_inf", None)
         if isinstance(found_inf, torch.Tensor):  # a fused optimizer decides on the device whether it steps
-            self._observations.drop_updates_if(self._step, found_inf.detach().clone())
+            found_inf = found_inf.detach().clone()
         for parameter in _parameters(optimizer):
             before = self._before.pop(parameter, None)
             after = dense(parameter)
             if before is None or after is None:
                 continue
             sites = self._owners[parameter]
-            self._observations.reduce_update(self._step, [s._replace(role=Role.UPDATE) for s in sites], before, after)
+            update_sites = [s._replace(role=Role.UPDATE) for s in sites]
+            self._observations.reduce_update(self._step, update_sites, before, after)
+            if isinstance(found_inf, torch.Tensor):
+                self._observations.drop_updates_if(self._step, update_sites, found_inf)
             self._record_state(optimizer.state.get(parameter, {}), sites)
 
     def _record_state(self, state: dict[str, Any], sites: list[Site]) -> None:

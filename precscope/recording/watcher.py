@@ -26,7 +26,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn
 class _Seen:
     """A tensor that was met in the current pass."""
 
-    __slots__ = ("consumed", "elements", "grad_sites", "producer", "ref", "returned_to", "slot", "version")
+    __slots__ = ("consumers", "elements", "grad_sites", "producer", "ref", "returned_to", "slot", "version")
 
     def __init__(self, x: torch.Tensor, slot: Slot | None, producer: str) -> None:
         self.ref = weakref.ref(x)
@@ -35,7 +35,7 @@ class _Seen:
         self.producer = producer
         self.elements = x.numel()
         self.grad_sites: list[Site] | None = None
-        self.consumed = False  # by a module, as an input
+        self.consumers: list[str] = []  # modules that took it as an input
         self.returned_to: str | None = None  # the module whose own code took it last
 
     def is_same(self, x: torch.Tensor) -> bool:
@@ -43,12 +43,12 @@ class _Seen:
 
 
 def watched_modules(model: nn.Module) -> dict[nn.Module, str]:
-    """Modules that compute or own parameters, with their first name: all but pure containers (their tensors are their
-    children's). A shared module appears once."""
+    """Modules that compute or own parameters, with their first name: the root, and all others but pure containers, whose
+    tensors are their children's. A shared module appears once."""
     return {
         m: name
         for name, m in model.named_modules()
-        if type(m) not in _CONTAINERS or next(m.parameters(recurse=False), None) is not None
+        if not name or type(m) not in _CONTAINERS or next(m.parameters(recurse=False), None) is not None
     }
 
 
@@ -56,6 +56,9 @@ class Watcher:
     """Attaches to a model for the recorded steps and links what passes to rows of `observations`.
 
     max_calls: calls of one module beyond this many within a pass share the last call index.
+    A pass is one forward of the root. Parts that a reentrant checkpoint recomputes inside backward come in reverse
+    order: the gradients of a module that was called n times are given to calls n - 1 down to 0, which is right where
+    each checkpointed part calls it once. Copies and replicas of the model, which share its hooks, are not recorded.
     """
 
     def __init__(
@@ -71,6 +74,8 @@ class Watcher:
         self.owners = parameter_owners(self.names)
         self.edges: dict[tuple[str, str], int] = {}
         self.calls: Counter[str] = Counter()
+        self.passes = 0
+        self.flops: Counter[str] = Counter()  # estimated, over all passes
         self.elements: dict[str, int] = {}
         self._observations = observations
         self._scale = scale
@@ -79,7 +84,9 @@ class Watcher:
         self._tensor_handles: list[Any] = []
         self._seen: dict[int, _Seen] = {}
         self._stack: list[tuple[str, int]] = []
-        self._counts: Counter[tuple[str, bool]] = Counter()
+        self._counts: Counter[str] = Counter()
+        self._recomputed: Counter[str] = Counter()
+        self._grad_hooked: set[Site] = set()
         self._step: int | None = None
         self._weights_done = False
         self.paused = False
@@ -94,9 +101,10 @@ class Watcher:
         self._step, self._weights_done = step, False
         if self._handles:
             return
+        before, after = self._module_hooks()
         for module in self.names:
-            self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._after, with_kwargs=True, always_call=True))
+            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
         for parameter, sites in self.owners.items():
             if parameter.requires_grad and parameter.is_floating_point():
                 grad_sites = [s._replace(role=Role.GRAD_WEIGHT) for s in sites]
@@ -119,35 +127,59 @@ class Watcher:
 
     def _begin_pass(self) -> None:
         for seen in self._seen.values():
-            if seen.returned_to is not None and not seen.consumed:
-                self._add_edge(seen, seen.returned_to)
+            self._add_edges(seen)
         self._seen.clear()
         self._counts.clear()
+        self._recomputed.clear()
+        self._grad_hooked.clear()
         self._stack.clear()
 
     # hooks
 
+    def _module_hooks(self) -> tuple[Callable[..., None], Callable[..., None]]:
+        """Plain functions: copy.deepcopy of a hooked model keeps them as they are, bound methods would be copied."""
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._concerns(module):
+                self._before(module, args, kwargs)
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if self._concerns(module):
+                self._after(module, output)
+
+        return before, after
+
+    def _concerns(self, module: nn.Module) -> bool:
+        """Not while paused, not copies and replicas, not under torch.func transforms, whose tensors have no data."""
+        outside = self._step is None or self.paused or module not in self.names
+        return not outside and torch._C._functorch.peek_interpreter_stack() is None
+
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.paused:
-            return
         recompute = _inside_backward()
-        if module is self.model and not recompute:
+        if module is self.model and not recompute and not self._stack:
             self._begin_pass()
+            self.passes += 1
         if not self._weights_done:
             self._record_weights()
         name = self.names[module]
-        call = min(self._counts[name, recompute], self._max_calls - 1)
-        self._counts[name, recompute] += 1
+        call = self._call_index(name, recompute)
         for path, x in call_tensors(args, kwargs):
             seen = self._see(x, Site(name, Role.INPUT, call, path), recompute)
             if seen is not None and not recompute:
-                seen.consumed = True
-                self._add_edge(seen, name)
+                seen.consumers.append(name)
         self._stack.append((name, call))
 
-    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self.paused:
-            return
+    def _call_index(self, name: str, recompute: bool) -> int:
+        """Which call of the module in this pass this is, from 0; recomputed calls count down."""
+        if recompute:
+            index = max(self._counts[name] - 1 - self._recomputed[name], 0)
+            self._recomputed[name] += 1
+        else:
+            index = self._counts[name]
+            self._counts[name] += 1
+        return min(index, self._max_calls - 1)
+
+    def _after(self, module: nn.Module, output: Any) -> None:
         name = self.names[module]
         while self._stack:  # calls that raised below us may have left theirs
             top, call = self._stack.pop()
@@ -160,10 +192,10 @@ class Watcher:
             self.calls[name] += 1
         for path, x in named_tensors(output):
             seen = self._see(x, Site(name, Role.OUTPUT, call, path), recompute)
-            if not recompute:
-                if seen is not None and self._stack:
-                    seen.returned_to = self._stack[-1][0]
+            if seen is not None and not recompute:
+                seen.returned_to = self._stack[-1][0] if self._stack else None
                 self.elements[name] = max(self.elements.get(name, 0), x.numel())
+                self.flops[name] += _estimated_flops(module, x)
 
     def _gradient(self, sites: list[Site], gradient: torch.Tensor) -> None:
         if self._step is None or gradient is None:
@@ -176,7 +208,7 @@ class Watcher:
             self._observations.set_scale(self._step, 1.0 if scale is None else scale)
         seen = self._find(gradient)
         if seen is None:
-            seen = self._seen[id(gradient)] = _Seen(gradient, self._observations.reduce(values), "")
+            seen = self._remember(gradient, self._observations.reduce(values), "")
         assert seen.slot is not None
         for site in sites:
             self._observations.link(self._step, site, seen.slot)
@@ -191,22 +223,31 @@ class Watcher:
         """
         assert self._step is not None
         seen = self._find(x)
+        if recompute and seen is not None and seen.slot is not None:
+            return seen  # it was met in the forward pass, its gradient hooked there
         if seen is None:
             values = dense(x)
             if values is None:
                 return None
             slot = None if recompute else self._slot_of(x, values)
             producer = site.module if site.role is Role.OUTPUT else self._stack[-1][0] if self._stack else ""
-            seen = self._seen[id(x)] = _Seen(x, slot, producer)
+            seen = self._remember(x, slot, producer)
         if seen.slot is not None and not recompute:
             self._observations.link(self._step, site, seen.slot)
         if x.requires_grad:
-            role = Role.GRAD_INPUT if site.role is Role.INPUT else Role.GRAD_OUTPUT
-            if seen.grad_sites is None:
-                seen.grad_sites = []
-                self._tensor_handles.append(x.register_hook(partial(self._gradient, seen.grad_sites)))
-            seen.grad_sites.append(site._replace(role=role))
+            self._hook_gradient(x, seen, site, recompute)
         return seen
+
+    def _hook_gradient(self, x: torch.Tensor, seen: _Seen, site: Site, recompute: bool) -> None:
+        site = site._replace(role=Role.GRAD_INPUT if site.role is Role.INPUT else Role.GRAD_OUTPUT)
+        if recompute and site in self._grad_hooked:
+            return
+        if not recompute:
+            self._grad_hooked.add(site)
+        if seen.grad_sites is None:
+            seen.grad_sites = []
+            self._tensor_handles.append(x.register_hook(partial(self._gradient, seen.grad_sites)))
+        seen.grad_sites.append(site)
 
     def _slot_of(self, x: torch.Tensor, values: torch.Tensor) -> Slot:
         """The slot of a view's base where the view only reshapes it, else a new one."""
@@ -217,13 +258,24 @@ class Watcher:
                 return seen.slot
         return self._observations.reduce(values)
 
+    def _remember(self, x: torch.Tensor, slot: Slot | None, producer: str) -> _Seen:
+        gone = self._seen.get(id(x))  # another tensor at the same place in memory, freed by now
+        if gone is not None:
+            self._add_edges(gone)
+        seen = self._seen[id(x)] = _Seen(x, slot, producer)
+        return seen
+
     def _find(self, x: torch.Tensor) -> _Seen | None:
         seen = self._seen.get(id(x))
         return seen if seen is not None and seen.is_same(x) else None
 
-    def _add_edge(self, seen: _Seen, consumer: str) -> None:
-        if seen.producer != consumer:
-            key = (seen.producer, consumer)
+    def _add_edges(self, seen: _Seen) -> None:
+        """Edges to the innermost modules that took the tensor, or to the one whose own code received it."""
+        takers = {c for c in seen.consumers if not any(_is_below(other, c) for other in seen.consumers)}
+        if not seen.consumers and seen.returned_to is not None:
+            takers = {seen.returned_to}
+        for taker in takers - {seen.producer}:
+            key = (seen.producer, taker)
             self.edges[key] = max(seen.elements, self.edges.get(key, 0))
 
     def _record_weights(self) -> None:
@@ -247,6 +299,18 @@ def parameter_owners(names: dict[nn.Module, str]) -> dict[torch.Tensor, list[Sit
             if tensor.is_floating_point():
                 owners.setdefault(tensor, []).append(Site(name, Role.WEIGHT, 0, local))
     return owners
+
+
+def _is_below(name: str, ancestor: str) -> bool:
+    return name != ancestor and (not ancestor or name.startswith(ancestor + "."))
+
+
+def _estimated_flops(module: nn.Module, output: torch.Tensor) -> int:
+    """2 per weight and output position of the module's own matrices; a look-up table multiplies nothing."""
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return 0
+    matrices = [p for p in module.parameters(recurse=False) if p.dim() >= 2]
+    return sum(2 * output.numel() * p.numel() // max(p.shape[0], 1) for p in matrices)
 
 
 def _version(x: torch.Tensor) -> int:
