@@ -153,7 +153,7 @@ def recommend(
     plan = run_it(loaded, formats=formats.split(","), policy=policy)
     plan.save(out)
     print(plan)
-    task = loaded.run.get("task", "TASK")
+    task = loaded.run.get("task_ref") or "TASK"
     _wrote(out, next=f"precscope train {task} --plan {out} --out runs/plan")
 
 

@@ -134,6 +134,12 @@ class Task:
             )
         return loss.reshape(())
 
+    @property
+    def reference(self) -> str | None:
+        """What names this task on a command line ("gpt", "file.py:make"), None where it was made by hand."""
+        owner = getattr(self.factory, "__self__", None)
+        return owner.name if isinstance(owner, TaskRef) else None
+
     def __repr__(self) -> str:
         return f"Task({self.name!r}, model={type(self.model).__name__})"
 

@@ -146,6 +146,32 @@ def test_an_fp32_island_inside_bf16_sees_fp32():
     assert y.dtype == torch.float32  # bf16 times an fp32 parameter, as under plain autocast
 
 
+@pytest.mark.parametrize("policy", ["autocast", "cast"])
+def test_the_roots_own_code_runs_as_its_entry_says_and_its_children_as_theirs(policy):
+    class Rooted(Probe):
+        def __init__(self) -> None:
+            super().__init__()
+            self.low, self.inherits = Probe(), Probe()
+
+        def forward(self, x, *rest, **more):
+            return super().forward(x) + self.low(x) + self.inherits(x)
+
+    low = LayerPrecision("bf16", policy=policy, params="fp32")
+    inside = {"autocast": (torch.float32, torch.bfloat16), "cast": (torch.bfloat16, False)}[policy]
+    for own, other in ((LayerPrecision("fp32"), low), (low, LayerPrecision("fp32"))):
+        model = Rooted()
+        plan = PrecisionPlan(default=LayerPrecision("fp16"), modules={"": own, "low": other})
+        with apply(plan, model) as handle:
+            model(torch.ones(2, 4))
+            assert handle.runs[0].module == ""
+            assert (handle.runs[0].precision.compute, handle.runs[0].modules) == (own.compute, 2)
+            assert handle.describe().splitlines()[0].startswith(f"(root)  {own}, native, 2 modules")
+        for probe, precision in ((model, own), (model.low, other), (model.inherits, own)):
+            dtype, autocast = (torch.float32, False) if precision.compute == "fp32" else inside
+            ((_, weight, offset, on),) = probe.seen
+            assert (weight, offset, on) == (dtype, dtype, autocast)
+
+
 def test_the_classic_layer1_fp16_layer2_fp32():
     model = nn.Sequential(collections.OrderedDict(layer1=nn.Linear(8, 8), layer2=nn.Linear(8, 2)))
     plan = PrecisionPlan(modules={"layer1": LayerPrecision("fp16", policy="cast"), "layer2": "fp32"})
@@ -608,7 +634,7 @@ def test_8_bit_formats_on_convolutions_and_restoring(fmt, policy):
 
 @pytest.mark.parametrize("values", [[0.0, 0.0], [1e-45, 1e-40], [1e38, 3e38], [float("inf"), 1.0], []])
 def test_extreme_tensors_round_without_new_non_finite_values(values):
-    from precscope.fp8 import round_scaled
+    from precscope.applying.fp8 import round_scaled
 
     t = torch.tensor(values)
     for fmt in ("e4m3", "e5m2"):

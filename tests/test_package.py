@@ -16,7 +16,7 @@ ROOT = Path(precscope.__file__).parent
 # From the ground up; a module imports only from rooms before its own (or its own package).
 ORDER = [
     "errors", "formats", "sites", "histogram", "stats", "reference", "rounding", "kernels", "store", "plans",
-    "profiles", "preservation", "batches", "tasks", "fp8", "applying", "recording", "advice", "training", "profiling",
+    "profiles", "batches", "preservation", "tasks", "applying", "recording", "advice", "training", "profiling",
     "comparison", "reporting", "doctor", "progress", "demo", "cli",
 ]  # fmt: skip
 

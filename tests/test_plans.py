@@ -65,6 +65,20 @@ def test_the_root_is_everybodys_parent():
     assert PrecisionPlan(default="bf16", modules={"": "fp16"})["a.b"].compute == "fp16"
 
 
+def test_the_root_has_an_entry_like_any_module(tmp_path):
+    plan = PrecisionPlan(default="bf16", modules={"": LayerPrecision("fp32", reasons=("sums",)), "*": "fp16"})
+    assert plan.source("") == ""  # exactly its name, though the pattern matches it too
+    assert plan[""].compute == "fp32"
+    assert plan["head"].compute == "fp16"
+    assert plan.sources(["", "head"]) == {"": "", "head": "*"}
+    plan.check(["", "head"])
+    PrecisionPlan(modules={"": "fp16"}).check([])
+    assert PrecisionPlan.load(plan.save(tmp_path / "plan.json")) == plan
+    assert "(root)   fp32       sums" in str(plan).splitlines()
+    assert "<td>(root)</td><td>fp32</td>" in plan._repr_html_()
+    assert str(plan.diff(plan.replace(modules={"": "tf32", "*": "fp16"}))) == "(root): fp32 -> tf32"
+
+
 def test_two_matching_patterns_are_an_error_naming_both_and_the_module():
     plan = PrecisionPlan(modules={"blocks.*": "fp16", "*.fc1": "fp32"})
     assert plan["blocks.0.fc2"].compute == "fp16"
@@ -206,6 +220,25 @@ def test_save_and_load_give_an_equal_plan(tmp_path):
     ]  # fmt: skip
     assert data["modules"]["head"]["evidence"]["amax"] == "Infinity"
     assert plan != plan.replace(default="fp16")
+
+
+@pytest.mark.parametrize("nan", [math.nan, float("nan"), -math.nan, np.float32("nan"), np.float64("nan")])
+def test_nan_is_written_as_text_and_the_plan_read_back_is_equal(nan):
+    plan = PrecisionPlan(
+        modules={"a": LayerPrecision("fp16", reasons=(Reason(code="c", text="t", numbers={"ms": nan}),))},
+        loss_scale={"initial": nan, "interval": [nan, 3.0]},
+        optimizer={"eps": [nan, 1.0]},
+        confirmed={"loss": nan},
+        made_from={"predicted_ms": {"plan": nan, "fp32": (nan, math.inf)}},
+        phases=[{"from_step": 3, "plan": {"made_from": {"x": nan}}}],
+    )
+    data = json.loads(plan.to_json(), parse_constant=pytest.fail)
+    assert data["made_from"] == {"predicted_ms": {"plan": "NaN", "fp32": ["NaN", "Infinity"]}}
+    again = PrecisionPlan.from_json(plan.to_json())
+    assert again == plan
+    assert math.isnan(again.made_from["predicted_ms"]["plan"])
+    assert not plan.diff(again)
+    assert again != plan.replace(made_from={"predicted_ms": {"plan": 1.0, "fp32": [nan, math.inf]}})
 
 
 def test_a_plan_written_by_hand_may_be_short():

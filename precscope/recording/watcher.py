@@ -43,8 +43,8 @@ class _Seen:
 
 
 def watched_modules(model: nn.Module) -> dict[nn.Module, str]:
-    """Modules that compute or own parameters, with their first name: the root, and all others but pure containers, whose
-    tensors are their children's. A shared module appears once."""
+    """Modules that compute or own parameters, with their first name: the root, and all others but pure containers,
+    whose tensors are their children's. A shared module appears once."""
     return {
         m: name
         for name, m in model.named_modules()

@@ -324,6 +324,7 @@ class Trainer:
                 **provenance(self.model),
                 "status": "running",
                 "task": self.task.name,
+                "task_ref": self.task.reference,
                 "precision": described["word"],
                 "note": "; ".join(described["notes"]),
                 "loss_scale": described["loss_scale"],

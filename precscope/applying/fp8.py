@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .formats import get_format
+from ..formats import get_format
 
 HEADROOM = 1
 """Binades kept free above amax."""
@@ -24,7 +24,7 @@ def round_scaled(x: Tensor, fmt: str) -> Tensor:
     The scale comes from the largest finite magnitude. inf and NaN stay what `fmt` can make of them: e4m3 has no inf, so
     inf becomes NaN there. An empty tensor stays empty.
     """
-    from .rounding import quantize
+    from ..rounding import quantize
 
     if x.numel() == 0:
         return torch.empty_like(x)

@@ -1,0 +1,94 @@
+"""A plan's entries as rows of text: siblings share a row, long names and reasons are shortened."""
+
+from __future__ import annotations
+
+import html
+import re
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .layers import LayerPrecision, Reason
+from .mistakes import short
+
+if TYPE_CHECKING:
+    from .model import PrecisionPlan
+
+_WIDTH = 80
+
+
+def text_of(plan: PrecisionPlan) -> str:
+    """The plan in lines of at most 80 characters: status, default, loss scale, phases, then a row per entry."""
+    counts = ", ".join(f"{fmt} {n}" for fmt, n in plan.counts().most_common())
+    lines = [f"precision plan ({plan.status}); default: {plan.default}; entries: {counts or 'none'}"]
+    if plan.loss_scale:
+        lines.append("loss scale: " + ", ".join(f"{k} {short(v)}" for k, v in plan.loss_scale.items()))
+    for phase in plan.phases:
+        lines.append(f"from step {phase.from_step}: {phase.precision or (phase.plan and phase.plan.default)}")
+    lines = [line for long in lines for line in textwrap.wrap(long, _WIDTH, subsequent_indent="  ")]
+    return "\n".join([*lines, *_lines(_rows(plan), width=_WIDTH)])
+
+
+def html_of(plan: PrecisionPlan) -> str:
+    """The plan's entries as an HTML table, names and reasons escaped."""
+    cells = [("default", str(plan.default), _first_reason([plan.default])), *_rows(plan)]
+    rows = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in cells)
+    head = "<tr><th>modules</th><th>precision</th><th>why</th></tr>"
+    return f"<table><caption>precision plan ({plan.status})</caption>{head}{rows}</table>"
+
+
+def _rows(plan: PrecisionPlan) -> list[tuple[str, str, str]]:
+    """(modules, precision, first reason), siblings that differ only in one number in one row."""
+    groups = _group_siblings(plan.modules)
+    return [(name or "(root)", str(layers[0]), _first_reason(layers)) for name, layers in groups]
+
+
+def _first_reason(layers: Sequence[LayerPrecision]) -> str:
+    return next((str(layer.reasons[0]) for layer in layers if layer.reasons), "")
+
+
+def _group_siblings(modules: dict[str, LayerPrecision]) -> list[tuple[str, list[LayerPrecision]]]:
+    """Entries of equal precision whose names differ in one number share a row: blocks.0.fc, blocks.1.fc, blocks.4.fc
+    become blocks.{0-1,4}.fc. The first number is the one that varies; order is that of the first of each group."""
+    groups: dict[Any, list[tuple[int, LayerPrecision]]] = {}
+    for name, layer in modules.items():
+        match = re.fullmatch(r"(|.*?\.)(\d+)((?:\..*)?)", name)
+        code = layer.reasons[0].code if layer.reasons and isinstance(layer.reasons[0], Reason) else ""
+        key = (match[1], match[3], layer.precision, code) if match else name
+        groups.setdefault(key, []).append((int(match[2]) if match else -1, layer))
+    named = []
+    for key, members in groups.items():
+        name = key if isinstance(key, str) else f"{key[0]}{_ranges([i for i, _ in members])}{key[1]}"
+        named.append((name, [layer for _, layer in members]))
+    return named
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "{0-2,5}"; a single number stays bare."""
+    numbers = sorted(numbers)
+    if len(numbers) == 1:
+        return str(numbers[0])
+    parts: list[list[int]] = []
+    for n in numbers:
+        if parts and n == parts[-1][1] + 1:
+            parts[-1][1] = n
+        else:
+            parts.append([n, n])
+    return "{" + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts) + "}"
+
+
+def _lines(rows: list[tuple[str, str, str]], *, width: int) -> list[str]:
+    """Three columns in `width` characters; reasons wrap to two lines, long names lose their middle."""
+    if not rows:
+        return []
+    second = max(len("precision"), *(len(p) for _, p, _ in rows))
+    first = min(max(len("modules"), *(len(n) for n, _, _ in rows)), 34)
+    rest = width - first - second - 4
+    lines = ["", f"{'modules':<{first}}  {'precision':<{second}}  why".rstrip(), "-" * width]
+    for name, precision, why in rows:
+        if len(name) > first:
+            name = name[: first // 2 - 1] + "..." + name[len(name) - first + first // 2 + 2 :]
+        said = textwrap.wrap(why, rest, max_lines=2, placeholder=" ...") or [""]
+        lines.append(f"{name:<{first}}  {precision:<{second}}  {said[0]}".rstrip())
+        lines += [" " * (first + second + 4) + more for more in said[1:]]
+    return lines
