@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+from .errors import UsageError
+
 if TYPE_CHECKING:
     import torch
 
@@ -19,7 +21,11 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Rate:
-    """Measured matrix-product rate of a format. gflops: 1e9 FLOP per second; NaN where it does not run natively."""
+    """Measured matrix-product rate of a format.
+
+    native: whether the device has instructions for it, as far as its rate tells. gflops: 1e9 FLOP per second; NaN where
+    there is nothing to measure. note: why a format is not native, or was not measured.
+    """
 
     format: str
     native: bool
@@ -62,7 +68,12 @@ class Diagnosis:
 
 
 def examine(*, device: str | None = None, size: int = 1024) -> Diagnosis:
-    """Measure this machine: matrix products of size^3 in each format, copy bandwidth, kernel backend, versions."""
+    """Measure this machine: matrix products of size^3 in each format, copy bandwidth, kernel backend, versions.
+
+    Raises UsageError where size is below 16, the least that fp8 products take.
+    """
+    if size < 16:
+        raise UsageError(f"size must be an integer of 16 or more, not {size}; below some hundreds a rate means little")
     import torch
 
     from .kernels import backend_for
@@ -70,11 +81,19 @@ def examine(*, device: str | None = None, size: int = 1024) -> Diagnosis:
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else _cpu_name()
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    rates = [Rate(n, True, _matmul_gflops(d, where, size), "") for n, d in dtypes.items()]
+    measured = {n: _matmul_gflops(d, where, size) for n, d in dtypes.items()}
+    rates = [rate_of(n, gflops, fp32_gflops=measured["fp32"]) for n, gflops in measured.items()]
     rates += [_fp8_rate(n, where, size) for n in ("e4m3", "e5m2")]
     return Diagnosis(
         where.type, name, torch.get_num_threads(), tuple(rates), _copy_gbytes(where), backend_for(where), _versions()
     )
+
+
+def rate_of(name: str, gflops: float, *, fp32_gflops: float) -> Rate:
+    """A measured rate. Below a third of fp32's the format is emulated in software, whatever the device claims: with
+    instructions of its own it would be no slower than what is twice as wide."""
+    native = gflops >= fp32_gflops / 3
+    return Rate(name, native, gflops, "" if native else "no native instructions")
 
 
 def _matmul_gflops(dtype: torch.dtype, device: torch.device, size: int) -> float:
@@ -93,6 +112,7 @@ def _fp8_rate(name: str, device: torch.device, size: int) -> Rate:
         return Rate(name, False, float("nan"), "emulated")
     if name == "e5m2":
         return Rate(name, True, float("nan"), "native beside e4m3 operands (gradients)")
+    size -= size % 16  # as the kernel asks
     a = torch.randn(size, size, device=device).to(torch.float8_e4m3fn)
     b = torch.randn(size, size, device=device).to(torch.float8_e4m3fn).t()
     one = torch.ones((), device=device)
@@ -159,7 +179,8 @@ def describe(found: Diagnosis) -> str:
     ]
     for rate in found.rates:
         if rate.gflops == rate.gflops:
-            lines.append(f"{rate.format:<9} {rate.gflops:>9.4g} GFLOP/s {rate.gflops / base:>16.3g}x")
+            line = f"{rate.format:<9} {rate.gflops:>9.4g} GFLOP/s {rate.gflops / base:>16.3g}x  {rate.note}"
+            lines.append(line.rstrip())
         else:
             lines.append(f"{rate.format:<9} {rate.note}")
     lines += ["", *(line for text in found.advice for line in textwrap.wrap(text, 78))]

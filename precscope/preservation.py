@@ -1,10 +1,13 @@
-"""Leaving things as they were found: buffers, gradients, training mode and RNG state."""
+"""Leaving things as they were found: buffers, gradients, training mode, RNG state and torch.compile's stance."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from .batches import preserved_rng
 
 if TYPE_CHECKING:
     from torch import nn
@@ -12,24 +15,28 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Restore buffers, `.grad` of parameters, train/eval modes and the RNG of CPU and of the model's devices on exit.
+    """Restore buffers, `.grad` of parameters, train/eval modes and the generators of torch (CPU and CUDA), numpy and
+    random on exit. Buffers get their values back, and where one was re-assigned, the tensor that was there.
 
     Parameters themselves are not copied: what runs inside must not change them.
     """
     import torch
 
-    buffers = {b: b.detach().clone() for b in model.buffers()}
+    owned = {m: dict(m._buffers) for m in model.modules()}
+    values = {b: b.detach().clone() for b in model.buffers()}
     gradients = {p: p.grad for p in model.parameters()}
-    modes = {m: m.training for m in model.modules()}
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    modes = {m: m.training for m in owned}
+    with preserved_rng(cuda=True):
         for parameter in gradients:
             parameter.grad = None
         try:
             yield
         finally:
+            for module, buffers in owned.items():
+                module._buffers.clear()
+                module._buffers.update(buffers)
             with torch.no_grad():
-                for buffer, old in buffers.items():
+                for buffer, old in values.items():
                     if buffer.shape != old.shape:
                         buffer.resize_(old.shape)
                     buffer.copy_(old)
@@ -37,3 +44,49 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 parameter.grad = gradient
             for module, training in modes.items():
                 module.training = training
+
+
+class ForcedEager:
+    """Compiled code runs no hooks: while anybody holds this, what torch.compile made runs eagerly.
+
+    Holders are counted over the process; the stance from before the first is put back after the last.
+    """
+
+    _holders = 0
+    _stance: Any = None
+
+    def __init__(self) -> None:
+        self._held = False
+
+    def hold(self) -> None:
+        """Run compiled code eagerly from now on. Does nothing where nothing was compiled (torch._dynamo takes seconds
+        to import)."""
+        if self._held or "torch._dynamo" not in sys.modules:
+            return
+        import torch
+
+        self._held = True
+        if ForcedEager._holders == 0:
+            ForcedEager._stance = torch.compiler.set_stance("force_eager")
+        ForcedEager._holders += 1
+
+    def release(self) -> None:
+        """Hold it no more."""
+        if not self._held:
+            return
+        self._held = False
+        ForcedEager._holders -= 1
+        if ForcedEager._holders == 0:
+            ForcedEager._stance.__exit__(None, None, None)
+            ForcedEager._stance = None
+
+
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """Inside, what torch.compile made runs eagerly."""
+    forced = ForcedEager()
+    forced.hold()
+    try:
+        yield
+    finally:
+        forced.release()

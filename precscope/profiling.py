@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .errors import UsageError
 from .profiles import Profile
 
 if TYPE_CHECKING:
-    import torch
-
     from .recording import Recorder
     from .tasks import Task
     from .training import Trainer, TrainResult
+
+Note = Callable[[str], None]
+"""Called with a line of text."""
 
 
 def profile(
@@ -27,7 +31,7 @@ def profile(
     train: bool = True,
     costs: bool = True,
     formats: Sequence[str] = ("fp32", "bf16", "fp16"),
-    note: Callable[[str], None] | None = None,
+    note: Note | None = None,
     **settings: Any,
 ) -> Profile:
     """Train the task's model for `steps` steps in `precision` while recording every `every`-th one into `out`.
@@ -35,41 +39,55 @@ def profile(
     task: a Task, or what `make_task` takes ("gpt", "my_task.py:make"). precision: "fp32", "tf32", "bf16" or "fp16"
     (autocast, with a GradScaler for fp16). train: False runs the model in evaluation mode without gradients instead,
     on `task.forward` (default model(*batch)): activations and weights alone are recorded, of settings only seed and
-    progress apply. costs: also measure what each module costs in each of `formats` on this device (cost.parquet).
-    exist: what to do with a run that is already in `out`: "error" or "overwrite". note: called with a line of text when
-    a part begins. settings: as in `ps.train` (lr, seed, grad_clip, accumulate, progress, ...).
+    progress apply, and buffers and random generators are put back. costs: also measure what each module costs in each
+    of `formats` on this device (cost.parquet). exist: what to do with a run that is already in `out`: "error" or
+    "overwrite". note: called with a line of text when a part begins, and where FLOPs or costs could not be had: the
+    profile is then without them (where note is None, that is a RuntimeWarning). settings: as in `ps.train` (lr, seed,
+    grad_clip, accumulate, progress, ...).
 
     Raises UsageError, TaskError, RunDirectoryError, TrainingError; what was flushed before an error stays readable.
     """
     from .tasks import Task, make_task
 
+    if not train:
+        _check_inference_settings(settings)
     if not isinstance(task, Task):
         task = make_task(task, seed=settings.get("seed", 0))
-    if train:
-        train_recorded(task, out=out, steps=steps, precision=precision, every=every, exist=exist, **settings)
-    else:
-        _infer_recorded(task, out=out, steps=steps, precision=precision, every=every, exist=exist, **settings)
+    run = train_recorded if train else _infer_recorded
+    with _FirstBatch(task) as first:
+        run(task, out=out, steps=steps, precision=precision, every=every, exist=exist, note=note, **settings)
     if costs:
-        measure_costs(task, out, formats=formats, note=note)
+        measure_costs(task, out, formats=formats, note=note, first=first)
     return Profile.load(out)
 
 
-def train_recorded(task: Task, *, out: str | Path, every: int = 10, **settings: Any) -> TrainResult:
+def train_recorded(
+    task: Task, *, out: str | Path, every: int = 10, note: Note | None = None, **settings: Any
+) -> TrainResult:
     """`ps.train` with a recorder that also counts FLOPs; settings as in `ps.train`."""
+    from .recording import record
     from .training import train
 
-    def recorder(trainer: Trainer) -> Recorder:
-        from .recording import record
-        from .recording.flops import count_flops
-
-        watch = record(
+    @contextlib.contextmanager
+    def recorder(trainer: Trainer) -> Iterator[Recorder]:
+        with record(
             trainer.model, out, optimizer=trainer.optimizer, scaler=trainer.scaler, every=every, on_error="raise",
             exist="append", info={"task": task.name},
-        )  # fmt: skip
-        watch.flops = count_flops(watch.model, lambda: one_loss(task))
-        return watch
+        ) as watch:  # fmt: skip
+            with _flops_at_the_end(watch, first.loss, note):
+                yield watch
 
-    return train(task, out=out, recorder=recorder, **settings)
+    with _FirstBatch(task) as first:
+        return train(task, out=out, recorder=recorder, **settings)
+
+
+def _check_inference_settings(settings: dict[str, Any]) -> None:
+    for name in settings:
+        if name not in ("seed", "progress"):
+            raise UsageError(
+                f"profile(train=False) has no setting {name!r}: nothing is trained, so of the settings of ps.train "
+                "only seed and progress apply; leave it out, or pass train=True"
+            )
 
 
 def _infer_recorded(
@@ -80,13 +98,15 @@ def _infer_recorded(
     precision: str,
     every: int,
     exist: str,
+    note: Note | None,
     seed: int = 0,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> None:
     import torch
 
+    from .batches import seed_everything
+    from .preservation import preserved
     from .recording import record
-    from .recording.flops import count_flops
     from .training import make_precision
     from .training.devices import own_device, to_device
 
@@ -94,30 +114,57 @@ def _infer_recorded(
     forward = task.forward or (lambda model, batch: model(*batch) if isinstance(batch, tuple | list) else model(batch))
     mode = make_precision(precision, plan=None, model=model, device=own_device(model))
 
-    def run(step: int) -> None:
+    def run(batch: Any) -> None:
         with torch.no_grad(), mode.forward_context():
-            forward(model, to_device(task.batch(step), mode.device))
+            forward(model, to_device(batch, mode.device))
 
-    was_training = model.training
-    model.eval()
     info = {"task": task.name, "precision": precision, "seed": seed, "mode": "inference"}
-    try:
-        flops = count_flops(model, lambda: run(0))
+    with preserved(model), _FirstBatch(task) as first:
+        model.eval()
+        seed_everything(seed)
         with record(model, out, every=every, on_error="raise", exist=exist, info=info) as watch, mode.applied(model):
-            watch.flops = flops
-            for step in range(steps):
-                run(step)
-                watch.step()
-                if progress is not None:
-                    progress(step + 1, steps, float("nan"))
-    finally:
-        model.train(was_training)
+            with _flops_at_the_end(watch, lambda: run(first.batch()), note):
+                for step in range(steps):
+                    run(task.batch(step))
+                    watch.step()
+                    if progress is not None:
+                        progress(step + 1, steps, float("nan"))
+
+
+@contextlib.contextmanager
+def _flops_at_the_end(watch: Recorder, run: Callable[[], Any], note: Note | None) -> Iterator[None]:
+    """Count the FLOPs of `run()` for the recorder when the loop is done, or has failed: graph.json needs them last, and
+    the run itself cannot be disturbed any more."""
+    from .recording.flops import count_flops
+
+    def count(note: Note | None) -> None:
+        try:
+            with watch.paused():
+                watch.flops = count_flops(watch.model, run)
+        except Exception as error:  # the user's code, run once more: a profile without FLOPs is still a profile
+            _say(note, f"FLOPs could not be counted ({_one_line(error)}): advice goes by measured costs alone")
+
+    try:
+        yield
+    except Exception:
+        count(lambda text: None)  # the error under way is what matters
+        raise
+    count(note)
 
 
 def measure_costs(
-    task: Task, out: str | Path, *, formats: Sequence[str], note: Callable[[str], None] | None = None
+    task: Task,
+    out: str | Path,
+    *,
+    formats: Sequence[str],
+    note: Note | None = None,
+    first: _FirstBatch | None = None,
 ) -> None:
-    """Time every module in every format on a batch of `task` and write `out`/cost.parquet."""
+    """Time every module in every format on a batch of `task` and write `out`/cost.parquet.
+
+    first: who remembers a batch; None: the task is asked for batch 0. Where nothing can be timed, `note` says so (or a
+    RuntimeWarning), and no file is written. Raises RunDirectoryError where the file cannot be written.
+    """
     from .advice.cost import save
     from .advice.measurement import measure
     from .preservation import preserved
@@ -126,13 +173,70 @@ def measure_costs(
     if note is not None:
         note("measuring what each module costs in each format")
     model = unwrap(task.model)
-    with preserved(model):
-        table = measure(model, lambda: one_loss(task), formats)
+    first = first or _FirstBatch(task)
+    try:
+        with preserved(model):
+            table = measure(model, first.loss, formats, note=lambda text: _say(note, text))
+    except Exception as error:  # the user's code, run once more: a profile without costs is still a profile
+        _say(note, f"costs could not be measured ({_one_line(error)}): advice goes by a model of them")
+        return
     save(table, Path(out) / "cost.parquet")
 
 
-def one_loss(task: Task) -> torch.Tensor:
-    """The loss on the task's first batch, where the model is."""
-    from .training.devices import to_device
+class _FirstBatch:
+    """Remembers the first batch that the task gives while inside, so that FLOPs and costs need not ask for it again: a
+    generator cannot go back, and a function may draw from the global generators."""
 
-    return task.loss(task.model, to_device(task.batch(0), task.model))
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self._kept: list[Any] = []
+
+    def __enter__(self) -> _FirstBatch:
+        read = self.task.batch
+        self._outer = vars(self.task).get("batch")  # of another one of these, around this one
+
+        def batch(step: int) -> Any:
+            got = read(step)
+            if not self._kept:
+                self._kept.append(_copy_containers(got))
+            return got
+
+        self.task.batch = batch  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._outer is None:
+            del self.task.batch
+        else:
+            self.task.batch = self._outer  # type: ignore[method-assign]
+
+    def batch(self) -> Any:
+        """The batch kept; batch 0 where none was read."""
+        return _copy_containers(self._kept[0] if self._kept else self.task.batch(0))
+
+    def loss(self) -> Any:
+        """The loss on that batch, where the model is. A wrapper that exchanges gradients (DDP) is told not to."""
+        from .training.devices import to_device
+
+        model = self.task.model
+        with getattr(model, "no_sync", contextlib.nullcontext)():
+            return self.task.loss(model, to_device(self.batch(), model))
+
+
+def _copy_containers(batch: Any) -> Any:
+    """The same tensors in new dicts, lists and tuples: a loss function may pop its labels out of a batch."""
+    from torch.utils._pytree import tree_map
+
+    return tree_map(lambda leaf: leaf, batch)
+
+
+def _say(note: Note | None, text: str) -> None:
+    if note is not None:
+        note(text)
+    else:
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]:.120}" if lines else type(error).__name__

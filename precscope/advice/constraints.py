@@ -1,14 +1,14 @@
 """What the recorded ranges forbid, in words and numbers.
 
-For each unit and low format: values that the format must hold without overflow (with head-room), activation energy that
-it must not flush, weights likewise, and gradients under one loss scale for the whole model. Ranges do not see
-cancellation, long sums or what a module hides between its input and its output: a plan made from them alone says
-"predicted".
+For each unit and low format: values that the format must hold without overflow (with head-room), the rounding noise of
+its tensors, and gradients under one loss scale for the whole model. Ranges do not see cancellation, long sums or what a
+module hides between its input and its output: a plan made from them alone says "predicted".
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,17 +16,23 @@ from ..formats import FloatFormat, get_format
 from ..plans import Reason
 from ..profiles import Profile
 from ..sites import Role, Site
-from .loss_scale import ScaleInterval, best_common_scale, interval, largest_scale, site_bounds
-from .units import ModelGraph, Unit
+from ..stats import StatsTable
+from .loss_scale import judge_gradients, largest_scale
+from .units import ModelGraph, Unit, is_inside
+
+_MASK_FROM = 1e4  # additive masks use -1e4 (for fp16), -1e9 or the lowest finite value in place of -inf
 
 
 @dataclass(frozen=True)
 class Limits:
     """Tolerances of the range rules.
 
-    headroom: binades between the largest recorded magnitude and the format's end. flushed_energy: share of sum(x^2)
-    that may round to zero. min_sqnr_db: least signal-to-quantisation-noise ratio of an activation. swallowed: share of
-    updates that low-precision storage may lose before fp32 master weights are advised.
+    headroom: binades between the largest recorded magnitude and the format's end. flushed_energy: share of sum(g^2)
+    of a gradient that may round to zero; activations and weights answer to min_sqnr_db instead, the least
+    signal-to-quantisation-noise ratio, in which flushed values count as noise. swallowed: share of updates that
+    low-precision storage may lose before fp32 parameters are advised. gradient_headroom: binades between the largest
+    scaled gradient and the end of fp16. flushed_state: share of the non-zero values of an optimizer state that
+    low-precision storage may flush to zero.
     """
 
     headroom: int = 2
@@ -34,14 +40,16 @@ class Limits:
     min_sqnr_db: float = 15.0
     swallowed: float = 0.1
     gradient_headroom: int = 1
+    flushed_state: float = 0.01
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    """forbidden: (unit, format) -> reasons. scale: loss-scale interval of the fp16 gradients that remain allowed."""
+    """forbidden: (unit, format) -> reasons against it. doubts: (unit, format) -> what the run could not tell about it,
+    though it is allowed."""
 
     forbidden: dict[tuple[str, str], list[Reason]]
-    scale: ScaleInterval | None
+    doubts: dict[tuple[str, str], list[Reason]] = field(default_factory=dict)
 
     def allows(self, unit: str, fmt: str) -> bool:
         """Whether nothing forbids `fmt` for `unit`."""
@@ -50,49 +58,54 @@ class Verdicts:
 
 def judge(profile: Profile, graph: ModelGraph, formats: tuple[str, ...], *, limits: Limits, policy: str) -> Verdicts:
     """Apply the range rules to every unit and every format narrower than fp32."""
-    forbidden: dict[tuple[str, str], list[Reason]] = {}
-    units = {u.name: u for u in graph.units}
+    verdicts = Verdicts({})
+    sites, table = _judged(profile, graph, policy)
+    fed = {s.module for s in profile.sites if s.role is Role.INPUT}  # a look-up takes integers: no input is recorded
     for name in formats:
         fmt = get_format(name)
         if fmt.bits >= 32 or fmt.name == "tf32":
             continue
-        for unit, reason in _activation_reasons(profile, units, fmt, limits, policy):
-            forbidden.setdefault((unit, name), []).append(reason)
+        for unit, reason in _range_reasons(sites, table, fmt, limits):
+            where = verdicts.doubts if reason.code == "censored" else verdicts.forbidden
+            where.setdefault((unit, name), []).append(reason)
+        for unit, reason in list(_inherited(graph, verdicts, name)):
+            verdicts.forbidden.setdefault((unit, name), []).append(reason)
         if fmt.bits <= 8:
-            for unit in graph.units:
-                if not unit.matmul:
+            for u in graph.units:
+                if not u.matmul or u.name not in fed:
                     reason = Reason(code="cost", text=f"{name} pays for matrix products only", site=None, numbers={})
-                    forbidden.setdefault((unit.name, name), []).append(reason)
-    scale = None
+                    verdicts.forbidden.setdefault((u.name, name), []).append(reason)
     if "fp16" in formats:
-        scale = _judge_gradients(profile, units, forbidden, limits)
-    return Verdicts(forbidden, scale)
+        candidates = [u for u in graph.units if verdicts.allows(u.name, "fp16")]
+        found = judge_gradients(
+            profile, candidates, policy=policy, headroom=limits.gradient_headroom, tolerance=limits.flushed_energy
+        )
+        for unit, reason in found:
+            verdicts.forbidden.setdefault((unit, "fp16"), []).append(reason)
+    return verdicts
 
 
-def _activation_reasons(
-    profile: Profile, units: dict[str, Unit], fmt: FloatFormat, limits: Limits, policy: str
-) -> list[tuple[str, Reason]]:
-    """Reasons against `fmt` from inputs, outputs and weights. An 8-bit tensor carries a scale of its own, chosen from
-    its amax, so that only its spread can harm it."""
-    sites, table = profile.merged()
-    rows = [i for i, s in enumerate(sites) if s.module in units and _concerns(units[s.module], s.role, policy)]
-    if not rows:
-        return []
-    sites, table = [sites[i] for i in rows], table.take(np.asarray(rows))
-    if fmt.bits <= 8:
-        table = table.shift(np.asarray([largest_scale(a, fmt) if a > 0 else 0 for a in table.amax], np.int64))
-    now = table.ask(fmt)
-    ahead = table.ask(fmt, scale_exponent=0 if fmt.bits <= 8 else limits.headroom)
-    nonfinite = (table.pos_inf + table.neg_inf + table.nan) / np.maximum(table.count, 1)
-    found = []
-    for i, site in enumerate(sites):
-        if nonfinite[i] > 0:
-            found.append((site.module, _nonfinite(site, nonfinite[i])))
-        elif ahead["overflow_hi"][i] > 0:
-            found.append((site.module, _overflow(site, table.amax[i], fmt, limits)))
-        elif now["sqnr_db"][i] < limits.min_sqnr_db:
-            found.append((site.module, _noise(site, now["sqnr_db"][i], now["flushed"][i], fmt, limits)))
-    return found
+def _judged(profile: Profile, graph: ModelGraph, policy: str) -> tuple[list[Site], StatsTable]:
+    """The tensors that a unit's format concerns, masks left out: inputs and outputs one by one, the parameters of a
+    module together, since a small bias is added to what a large weight made."""
+    units = {u.name: u for u in graph.units}
+    sites, table = profile.merged(by="tensor")
+    masks = _masks(sites, table)
+    rows, keys = [], {}
+    for i, s in enumerate(sites):
+        unit = units.get(s.module)
+        if unit is None or masks[i] or not _concerns(unit, s.role, policy):
+            continue
+        if s.role is Role.WEIGHT:
+            if policy != "cast" and (s.module, s.tensor) in graph.buffers:  # under autocast buffers stay fp32
+                continue
+            s = s._replace(tensor="")
+        rows.append((i, keys.setdefault(s, len(keys))))
+    index, key = np.asarray(rows, np.int64).reshape(-1, 2).T
+    table = table.take(index)
+    passes = np.asarray([_lets_neg_inf_pass(units[sites[i].module], sites[i].role) for i in index], bool)
+    table.neg_inf[passes] = 0
+    return list(keys), table.group(key, len(keys))
 
 
 def _concerns(unit: Unit, role: Role, policy: str) -> bool:
@@ -103,6 +116,80 @@ def _concerns(unit: Unit, role: Role, policy: str) -> bool:
     return role is Role.OUTPUT
 
 
+def _lets_neg_inf_pass(unit: Unit, role: Role) -> bool:
+    """-inf is what masked_fill writes into logits on purpose; every 16-bit format holds it, and only a matrix product
+    of it is harmful."""
+    return role is Role.OUTPUT or (role is Role.INPUT and not unit.matmul)
+
+
+def _masks(sites: list[Site], table: StatsTable) -> np.ndarray:
+    """bool[S]: tensors that look like additive attention masks, {0, -inf} or {0, one huge negative value}, or that
+    bear the name and hold -inf. A format that turns their huge value into -inf does what was meant."""
+    only_neg_inf = (table.pos_inf == 0) & (table.nan == 0)
+    one_value = (table.amax == 0) | (table.amax == table.amin_nonzero)
+    huge = (table.amax >= _MASK_FROM) & (table.zeros > 0) & (table.sum < 0)
+    named = np.asarray(["mask" in s.tensor.lower() for s in sites], bool)
+    activation = np.asarray([s.role in (Role.INPUT, Role.OUTPUT) for s in sites], bool)
+    neg_inf = table.neg_inf > 0
+    return activation & only_neg_inf & ((one_value & (neg_inf | huge)) | (named & neg_inf))
+
+
+def _range_reasons(
+    sites: list[Site], table: StatsTable, fmt: FloatFormat, limits: Limits
+) -> Iterator[tuple[str, Reason]]:
+    """(unit, reason) against `fmt`, or with code "censored" a doubt about it. An 8-bit tensor carries a scale of its
+    own, chosen from its amax, so that only its spread can harm it."""
+    nonfinite = table.nonfinite / np.maximum(table.count, 1)
+    fp16 = get_format("fp16")
+    overflowed = (table.source == "fp16") & (nonfinite > 0)
+    # What overflowed in a run in fp16 makes NaN of fp32 tensors further on: neither speaks against a wider range.
+    censored = overflowed.any() and fmt.max > fp16.max
+    amax = table.amax
+    if fmt.bits <= 8:
+        table = table.shift(np.asarray([largest_scale(a, fmt) if a > 0 else 0 for a in amax], np.int64))
+    now = table.ask(fmt)
+    ahead = table.ask(fmt, scale_exponent=0 if fmt.bits <= 8 else limits.headroom)
+    for i, site in enumerate(sites):
+        if nonfinite[i] > 0 and not censored:
+            yield site.module, _nonfinite(site, nonfinite[i])
+        elif ahead["overflow_hi"][i] > 0:
+            yield site.module, _overflow(site, amax[i], fmt, limits)
+        elif now["sqnr_db"][i] < limits.min_sqnr_db:
+            yield site.module, _noise(site, amax[i], now["sqnr_db"][i], now["flushed"][i], fmt, limits)
+        elif nonfinite[i] > 0:
+            yield site.module, _censored(site, nonfinite[i])
+
+
+def _inherited(graph: ModelGraph, verdicts: Verdicts, fmt: str) -> Iterator[tuple[str, Reason]]:
+    """A container's own code works on what the modules in it return, in their format: where it is what makes an output
+    that `fmt` cannot hold, they must not return `fmt`."""
+    sources: dict[str, list[str]] = {}
+    for edge in graph.edges:
+        if is_inside(edge.producer, edge.consumer):
+            sources.setdefault(edge.consumer, []).append(edge.producer)
+    made = {
+        (unit, r.numbers["amax"])
+        for (unit, f), reasons in verdicts.forbidden.items()
+        if f == fmt
+        for r in reasons
+        if r.numbers.get("output")
+    }
+    for container, amax in made:
+        if any(a == amax and is_inside(unit, container) for unit, a in made):
+            continue  # it only hands on what a module in it made
+        for unit in sources.get(container, ()):
+            if verdicts.allows(unit, fmt):
+                text = f"its output goes into the code of {container or '(root)'}, whose output reaches {amax:.4g}"
+                numbers = {"amax": amax}
+                yield unit, Reason(code="parent", text=text, site=str(Site(container, Role.OUTPUT)), numbers=numbers)
+
+
+def _numbers(site: Site, amax: float, **more: float) -> dict[str, float]:
+    """output: 1 where the tensor is one that the module makes."""
+    numbers = {"amax": float(amax), **{k: float(v) for k, v in more.items()}}
+    return numbers | ({"output": 1.0} if site.role is Role.OUTPUT else {})
+
+
 def _overflow(site: Site, amax: float, fmt: FloatFormat, limits: Limits) -> Reason:
     spare = np.log2(fmt.max / amax) if amax > 0 else np.inf
     where = f"{site.role.value} reaches {amax:.4g}"
@@ -110,16 +197,19 @@ def _overflow(site: Site, amax: float, fmt: FloatFormat, limits: Limits) -> Reas
         text = f"{where}, {fmt} ends at {fmt.max:g}"
     else:
         text = f"{where}, {spare:.1f} binades below the end of {fmt} ({fmt.max:g}); {limits.headroom} are asked for"
-    return Reason(code="overflow", text=text, site=str(site), numbers={"amax": amax, "limit": fmt.max})
+    return Reason(code="overflow", text=text, site=str(site), numbers=_numbers(site, amax, limit=fmt.max))
 
 
-def _noise(site: Site, sqnr_db: float, flushed: float, fmt: FloatFormat, limits: Limits) -> Reason:
+def _noise(site: Site, amax: float, sqnr_db: float, flushed: float, fmt: FloatFormat, limits: Limits) -> Reason:
+    is_flushed = flushed >= 5e-4  # what prints as 0.1%
+    share = f" ({flushed:.1%} of the values flushed to zero)" if is_flushed else ""
     text = (
-        f"{site.role.value} keeps {sqnr_db:.1f} dB of signal over rounding noise in {fmt} "
-        f"({flushed:.1%} of the values flushed to zero); {limits.min_sqnr_db:g} dB are asked for"
+        f"{site.role.value} keeps {sqnr_db:.1f} dB of signal over rounding noise in {fmt}{share}; "
+        f"{limits.min_sqnr_db:g} dB are asked for"
     )
-    numbers = {"sqnr_db": float(sqnr_db), "flushed": float(flushed)}
-    return Reason(code="flushed", text=text, site=str(site), numbers=numbers)
+    code = "flushed" if is_flushed else "sqnr"
+    numbers = _numbers(site, amax, sqnr_db=sqnr_db, flushed=flushed)
+    return Reason(code=code, text=text, site=str(site), numbers=numbers)
 
 
 def _nonfinite(site: Site, share: float) -> Reason:
@@ -127,45 +217,9 @@ def _nonfinite(site: Site, share: float) -> Reason:
     return Reason(code="nonfinite", text=text, site=str(site), numbers={"nonfinite": float(share)})
 
 
-def _judge_gradients(
-    profile: Profile,
-    units: dict[str, Unit],
-    forbidden: dict[tuple[str, str], list[Reason]],
-    limits: Limits,
-) -> ScaleInterval | None:
-    """Choose the loss scale that suits most of the work, forbid fp16 where it does not, return what remains."""
-    sites, table = profile.merged()
-    rows = [
-        i
-        for i, s in enumerate(sites)
-        if s.role in (Role.GRAD_OUTPUT, Role.GRAD_WEIGHT)
-        and s.module in units
-        and (s.module, "fp16") not in forbidden
-        and (units[s.module].matmul or s.role is Role.GRAD_OUTPUT)
-    ]
-    if not rows:
-        return None
-    sites = [sites[i] for i in rows]
-    table = table.take(np.asarray(rows))
-    lo, hi = site_bounds(table, "fp16", headroom=limits.gradient_headroom, tolerance=limits.flushed_energy)
-    weight = np.asarray([1.0 + units[s.module].flops for s in sites])
-    k = best_common_scale(lo, hi, weight)
-    inside = (lo <= k) & (k <= hi)
-    for i in np.flatnonzero(~inside):
-        site = sites[i]
-        if lo[i] > k:
-            text = (
-                f"{site.role.value} needs a loss scale of at least 2^{lo[i]} to keep {1 - limits.flushed_energy:.1%} "
-                f"of its energy in fp16, the other layers bear 2^{k}"
-            )
-        else:
-            text = (
-                f"{site.role.value} reaches {table.amax[i]:.3g} and bears a loss scale of at most 2^{hi[i]} in fp16, "
-                f"the other layers need 2^{k}"
-            )
-        numbers = {"lo": float(lo[i]), "hi": float(hi[i]), "scale_exponent": float(k)}
-        forbidden.setdefault((site.module, "fp16"), []).append(
-            Reason(code="gradient", text=text, site=str(site), numbers=numbers)
-        )
-    kept = [i for i in np.flatnonzero(inside) if (sites[i].module, "fp16") not in forbidden]
-    return interval([sites[i] for i in kept], lo[kept], hi[kept]) if kept else None
+def _censored(site: Site, share: float) -> Reason:
+    text = (
+        f"the range of {site.role.value} beyond 65504 is not known: fp16 had overflowed in the recorded run "
+        f"({share:.2%} of its values were inf or NaN)"
+    )
+    return Reason(code="censored", text=text, site=str(site), numbers={"nonfinite": float(share)})

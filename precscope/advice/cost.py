@@ -43,7 +43,8 @@ class CostTable:
         takes fp32's time; modelled where there is no measurement of the unit.
 
         What a module with children does itself, beside them, is the difference of two large times: without FLOPs of
-        its own that difference is noise, and every format is given the least of them.
+        its own that difference is noise, and every format is given the least of them. The model has no word on what
+        the root does beside the others either: without FLOPs it costs nothing.
         """
         time_ms: dict[tuple[str, str], float] = {}
         how: dict[tuple[str, str], str] = {}
@@ -56,13 +57,16 @@ class CostTable:
                 how[row.module, row.format] = "measured"
         for unit in graph.units:
             measured = {f: time_ms[unit.name, f] for f in formats if (unit.name, f) in time_ms}
+            idle = not unit.leaf and not unit.flops and not unit.matmul
             for fmt in formats:
                 key = unit.name, fmt
                 if not measured:
-                    time_ms[key], how[key] = _modelled(unit.flops, unit.elements, fmt), "model"
-                elif fmt not in measured:
+                    nothing = idle and not unit.name and len(graph.units) > 1
+                    time_ms[key], how[key] = 0.0 if nothing else _modelled(unit.flops, unit.elements, fmt), "model"
+                    continue
+                if fmt not in measured:
                     time_ms[key], how[key] = measured.get("fp32", max(measured.values())), "emulated"
-                elif not unit.leaf and not unit.flops:
+                if idle:
                     time_ms[key] = min(measured.values())
         return cls(time_ms, how, cast, cast_ms=_LAUNCH_MS if measured_any else 0.0)
 

@@ -3,6 +3,9 @@
 A gradient site tolerates scales 2^k with lo <= k <= hi: above hi its largest magnitude, with `headroom` binades to
 spare, overflows; below lo more than `tolerance` of its energy sum(g^2) is flushed to zero. One scale serves all sites,
 so the interval of the model is [max lo, min hi]; where it is empty, no single scale works for these sites together.
+
+Which gradients are computed in fp16: under policy "autocast" those of a matrix product (its output, its input and its
+weight) and, to be safe, those of every output; under "cast" all of a module in fp16.
 """
 
 from __future__ import annotations
@@ -15,8 +18,11 @@ import numpy as np
 
 from ..formats import FloatFormat, get_format
 from ..histogram import BINS, EXP_LO
-from ..sites import Site
+from ..plans import Reason
+from ..profiles import Profile
+from ..sites import Role, Site
 from ..stats import StatsTable
+from .units import Unit
 
 _NEVER = 10_000
 
@@ -91,3 +97,57 @@ def best_common_scale(lo: np.ndarray, hi: np.ndarray, weight: np.ndarray) -> int
     ]
     best = np.flatnonzero(np.asarray(outside) == np.min(outside))
     return int(candidates[best[-1]])
+
+
+def judge_gradients(
+    profile: Profile, units: Sequence[Unit], *, policy: str, headroom: int, tolerance: float
+) -> list[tuple[str, Reason]]:
+    """(unit, reason) for the units whose gradients do not bear the loss scale that suits most of the work of `units`,
+    the candidates for fp16."""
+    sites, table = _gradients(profile, units, policy)
+    if not sites:
+        return []
+    flops = {u.name: u.flops for u in units}
+    lo, hi = site_bounds(table, "fp16", headroom=headroom, tolerance=tolerance)
+    k = best_common_scale(lo, hi, np.asarray([1.0 + flops[s.module] for s in sites]))
+    found = []
+    for i in np.flatnonzero((lo > k) | (hi < k)):
+        site = sites[i]
+        if lo[i] > k:
+            text = (
+                f"{site.role.value} needs a loss scale of at least 2^{lo[i]} to keep {1 - tolerance:.1%} "
+                f"of its energy in fp16, the other layers bear 2^{k}"
+            )
+        else:
+            text = (
+                f"{site.role.value} reaches {table.amax[i]:.3g} and bears a loss scale of at most 2^{hi[i]} in fp16, "
+                f"the other layers need 2^{k}"
+            )
+        numbers = {"lo": float(lo[i]), "hi": float(hi[i]), "scale_exponent": float(k)}
+        found.append((site.module, Reason(code="gradient", text=text, site=str(site), numbers=numbers)))
+    return found
+
+
+def common_interval(
+    profile: Profile, units: Sequence[Unit], *, policy: str, headroom: int, tolerance: float
+) -> ScaleInterval | None:
+    """The loss scales that suit `units`, those that compute in fp16; None where they have no gradient."""
+    sites, table = _gradients(profile, units, policy)
+    if not sites:
+        return None
+    return interval(sites, *site_bounds(table, "fp16", headroom=headroom, tolerance=tolerance))
+
+
+def _gradients(profile: Profile, units: Sequence[Unit], policy: str) -> tuple[list[Site], StatsTable]:
+    """The gradients that `units` would compute in fp16."""
+    known = {u.name: u for u in units}
+    sites, table = profile.merged()
+
+    def concerns(site: Site) -> bool:
+        unit = known.get(site.module)
+        if unit is None or not site.role.is_gradient:
+            return False
+        return site.role is Role.GRAD_OUTPUT or unit.matmul or policy == "cast"
+
+    rows = [i for i, s in enumerate(sites) if concerns(s)]
+    return [sites[i] for i in rows], table.take(np.asarray(rows, np.int64))

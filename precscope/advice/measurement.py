@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from ..preservation import eager
 from ..recording.tensors import call_tensors, named_tensors
 from ..recording.watcher import watched_modules
 
@@ -24,47 +25,87 @@ _SLOW_S = 0.25
 
 
 def measure(
-    model: nn.Module, run: Callable[[], Any], formats: Sequence[str], *, progress: Callable[[str], None] | None = None
+    model: nn.Module,
+    run: Callable[[], Any],
+    formats: Sequence[str],
+    *,
+    progress: Callable[[str], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> pd.DataFrame:
     """Measure every module that `run()` (one forward pass of `model`) calls.
 
+    progress: called with the name of each module. note: called with a line for each module that does not run alone in
+    some format: it has no row in any, so that its cost is modelled and no format of it is taken for emulated.
     Returns a row per module and format: module, format, time_ms (forward and backward of one pass, children not
-    counted), how, cast_ms_per_element. Parameters, buffers, gradients and RNG state are left as they were.
+    counted), how, cast_ms_per_element. Parameters and gradients are left as they were, hooks taken off; buffers and RNG
+    are for the caller to preserve. What `run` itself raises passes through.
     """
-    calls = _capture(model, run)
-    native = [f for f in formats if f in ("fp32", "bf16", "fp16")]
-    inclusive: dict[tuple[str, str], float] = {}
-    known: dict[tuple[Any, str], float] = {}
-    names = sorted(calls, key=lambda n: -n.count("."))  # children before their parents
-    for name in names:
-        call = calls[name]
-        if progress is not None:
-            progress(name)
-        for fmt in native:
-            key = (call.signature, fmt)
-            if key not in known:
-                below = sum(inclusive.get((c, fmt), 0.0) for c in call.children)
-                below32 = sum(inclusive.get((c, "fp32"), 0.0) for c in call.children)
-                if fmt != "fp32" and below > 3 * max(below32, 0.05):
-                    own = inclusive[name, "fp32"] - below32  # a format this slow here needs no closer look
-                    known[key] = below + max(own, 0.0)
-                else:
-                    known[key] = call.time_ms(fmt)
-            inclusive[name, fmt] = known[key]
-    cast = _cast_cost(next(iter(calls.values())).device) if calls else 1e-6
+    with eager():
+        calls = _capture(model, run)
+        inclusive = _time_all(calls, [f for f in formats if f in ("fp32", "bf16", "fp16")], progress, note)
+        cast = _cast_cost(next(iter(calls.values())).device) if calls else 1e-6
     rows = [
         {
             "module": name,
             "format": fmt,
-            "time_ms": max(inclusive[name, fmt] - sum(inclusive.get((c, fmt), 0.0) for c in calls[name].children), 0.0)
-            * calls[name].count,
+            "time_ms": max(time_ms - _below(calls[name], inclusive, fmt), 0.0) * calls[name].count,
             "how": "measured",
             "cast_ms_per_element": cast,
         }
         for name in calls
-        for fmt in native
+        for fmt, time_ms in inclusive.get(name, {}).items()
     ]
     return pd.DataFrame(rows, columns=["module", "format", "time_ms", "how", "cast_ms_per_element"])
+
+
+def _time_all(
+    calls: dict[str, _Call],
+    formats: Sequence[str],
+    progress: Callable[[str], None] | None,
+    note: Callable[[str], None] | None,
+) -> dict[str, dict[str, float]]:
+    """ms of one call by module and format, children counted; a module that fails in one format is left out."""
+    inclusive: dict[str, dict[str, float]] = {}
+    known: dict[Any, dict[str, float] | None] = {}
+    for name in sorted(calls, key=lambda n: -n.count(".") - bool(n)):  # children before their parents
+        call = calls[name]
+        if progress is not None:
+            progress(name)
+        if call.signature not in known:
+            times: dict[str, float] = {}
+            known[call.signature] = times
+            for fmt in formats:
+                try:
+                    times[fmt] = _time_one(call, inclusive, times, fmt)
+                except Exception as error:  # whatever the user's module raises when it runs alone
+                    known[call.signature] = None
+                    if note is not None:
+                        note(_failure(name, call, fmt, error))
+                    break
+        found = known[call.signature]
+        if found is not None:
+            inclusive[name] = found
+    return inclusive
+
+
+def _time_one(call: _Call, inclusive: dict[str, dict[str, float]], times: dict[str, float], fmt: str) -> float:
+    """Measured, unless its children show already that `fmt` is slow: then theirs plus what fp32 takes beside them."""
+    below, below32 = _below(call, inclusive, fmt), _below(call, inclusive, "fp32")
+    if "fp32" in times and below > 3 * max(below32, 0.05):
+        return below + max(times["fp32"] - below32, 0.0)
+    return call.time_ms(fmt)
+
+
+def _below(call: _Call, inclusive: dict[str, dict[str, float]], fmt: str) -> float:
+    return sum(inclusive.get(child, {}).get(fmt, 0.0) for child in call.children)
+
+
+def _failure(name: str, call: _Call, fmt: str, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [""])[0]
+    return (
+        f"{name or 'the model'} ({type(call.module).__name__}) does not run alone in {fmt} "
+        f"({type(error).__name__}: {reason:.100}): its cost is modelled, not measured"
+    )
 
 
 class _Call:
@@ -118,17 +159,19 @@ class _Call:
         return statistics.median(times) * 1e3
 
     def _once(self, fmt: str) -> float:
-        """Seconds of one forward and backward."""
+        """Seconds of one forward and backward. The module gets copies of its arguments: it may work in place."""
         low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(fmt)
         device = self.device
 
         def leaf(x: torch.Tensor) -> torch.Tensor:
             if not x.is_floating_point():
-                return x
+                return x.clone()
             return x.detach().to(low or torch.float32).requires_grad_()
 
         args, kwargs = _map_tensors(leaf, (self.args, self.kwargs))
         leaves = [x for _, x in call_tensors(args, kwargs) if x.requires_grad]
+        with torch.enable_grad():  # autograd refuses in-place work on a leaf, not on its copy
+            args, kwargs = _map_tensors(lambda x: x.clone() if x.requires_grad else x, (args, kwargs))
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         _synchronize(device)
         start = time.perf_counter()
@@ -137,18 +180,21 @@ class _Call:
         outputs = [y for _, y in named_tensors(output) if y.requires_grad]
         if outputs:
             ones = [torch.ones_like(y) for y in outputs]
-            torch.autograd.grad(outputs, leaves + parameters, ones, allow_unused=True)
+            torch.autograd.grad(outputs, [*leaves, *parameters], ones, allow_unused=True)
         _synchronize(device)
         return time.perf_counter() - start
 
 
 def _capture(model: nn.Module, run: Callable[[], Any]) -> dict[str, _Call]:
-    """One forward pass; the first call of every module with its arguments, state put back afterwards."""
+    """One forward pass, gradients on for a loss that takes one itself; the first call of every module with its
+    arguments. Calls that checkpointing repeats inside a backward pass are left out."""
     calls: dict[str, _Call] = {}
     names = watched_modules(model)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = names[module]
+        if torch._C._current_graph_task_id() != -1:
+            return
         if name in calls:
             calls[name].count += 1
         else:
@@ -157,7 +203,7 @@ def _capture(model: nn.Module, run: Callable[[], Any]) -> dict[str, _Call]:
 
     handles = [m.register_forward_pre_hook(before, with_kwargs=True) for m in names]
     try:
-        with torch.no_grad():
+        with torch.enable_grad():
             run()
     finally:
         for handle in handles:

@@ -11,14 +11,15 @@ import numpy as np
 
 from ..errors import UsageError
 from ..formats import get_format
-from ..histogram import swallowed_share
-from ..plans import LayerPrecision, PrecisionPlan, Reason
+from ..plans import STORED, LayerPrecision, PrecisionPlan, Reason
 from ..profiles import Profile
-from ..sites import Role, Site
 from .constraints import Limits, Verdicts, judge
 from .cost import CostTable
+from .loss_scale import common_interval
+from .reasons import Choice, reasons_for
 from .solve import Problem, Solution, solve
-from .units import ModelGraph, Unit
+from .storage import storage_reasons
+from .units import ModelGraph
 
 _COMPUTE = ("fp32", "tf32", "bf16", "fp16", "e4m3", "e5m2")
 
@@ -50,26 +51,20 @@ def recommend(
     if costs not in ("auto", "model"):
         raise UsageError(f"costs must be 'auto' or 'model', not {costs!r}")
     table = CostTable.of(profile.cost if costs == "auto" else None, graph, names)
-    solution = _solve(graph, names, verdicts, table)
-    storage = _storage(profile, graph, limits) if policy == "cast" else {}
-    modules = {u.name: _layer(u, solution, names, verdicts, table, policy, storage.get(u.name)) for u in graph.units}
-    default = Counter(p.compute for p in modules.values()).most_common(1)[0][0]
+    solution, main = _solve(graph, names, verdicts, table)
+    choice = Choice(names, main, _thresholds(graph, main, verdicts, table), verdicts, table, graph)
+    storage: dict[str, list[Reason]] = {}
+    if policy == "cast":
+        storage = storage_reasons(
+            profile, solution.choice, swallowed=limits.swallowed, flushed_state=limits.flushed_state
+        )
+    modules = {u.name: _layer(u.name, solution, choice, policy, storage.get(u.name, [])) for u in graph.units}
     return PrecisionPlan(
-        default=LayerPrecision(
-            compute=default, policy=policy, params=default if policy == "cast" and default in _STORED else "fp32"
-        ),
+        default=_default(modules, policy),
         modules=modules,
-        loss_scale=_loss_scale(verdicts, solution),
+        loss_scale=_loss_scale(profile, graph, solution, limits, policy),
         made_from=_made_from(profile, names, policy, limits, graph, solution, table),
     )
-
-
-_STORED = ("fp32", "bf16", "fp16")
-_HOW = {
-    "measured": "measured",
-    "emulated": "measured, emulated formats at fp32's time",
-    "model": "by the FLOP/byte model",
-}
 
 
 def _check(formats: Sequence[str], policy: str) -> tuple[str, ...]:
@@ -86,20 +81,21 @@ def _check(formats: Sequence[str], policy: str) -> tuple[str, ...]:
     return names
 
 
-def _solve(graph: ModelGraph, formats: tuple[str, ...], verdicts: Verdicts, costs: CostTable) -> Solution:
-    """One program for each 16-bit format as the main one, fp32 throughout as the measure, the cheapest of these.
+def _solve(graph: ModelGraph, formats: tuple[str, ...], verdicts: Verdicts, costs: CostTable) -> tuple[Solution, str]:
+    """The cheapest assignment and its main format: one program for each 16-bit format as the main one, and fp32
+    throughout as the measure.
 
     Two 16-bit formats side by side cost casts, a loss scale and a reader's patience for gains that are mostly noise of
     the measurement: the other one is admitted only where the main one is forbidden. Low precision must gain more than
     two in a hundred over plain fp32.
     """
-    mains = [f for f in formats if get_format(f).bits == 16]
-    solutions = [solve(_problem(graph, formats, main, verdicts, costs), costs.time_ms) for main in mains or formats[:1]]
-    best = min(solutions, key=lambda s: s.time_ms)
-    if mains and "fp32" in formats:
+    mains = [f for f in formats if get_format(f).bits == 16] or list(formats[:1])
+    solutions = [(solve(_problem(graph, formats, main, verdicts, costs), costs.time_ms), main) for main in mains]
+    best = min(solutions, key=lambda s: s[0].time_ms)
+    if "fp32" in formats and mains != ["fp32"]:
         plain = solve(_problem(graph, ("fp32",), "fp32", verdicts, costs), costs.time_ms)
-        if plain.time_ms < 1.02 * best.time_ms:
-            return plain
+        if plain.time_ms < 1.02 * best[0].time_ms:
+            return plain, "fp32"
     return best
 
 
@@ -114,7 +110,11 @@ def _problem(graph: ModelGraph, formats: tuple[str, ...], main: str, verdicts: V
         formats=formats,
         cost=cost + _leaving(cost, formats.index(main), with_main),
         allowed=allowed & ~(with_main[:, None] & rivals[None, :]),
-        edges=[(index[e.producer], index[e.consumer], costs.cast(e.elements)) for e in graph.edges],
+        edges=[
+            (index[e.producer], index[e.consumer], costs.cast(e.elements))
+            for e in graph.edges
+            if e.producer and e.consumer  # what the root takes and returns is cast or not outside the model
+        ],
         groups=[[index[n] for n in group if n in index] for group in graph.groups],
     )
 
@@ -128,89 +128,54 @@ def _leaving(cost: np.ndarray, main: int, with_main: np.ndarray) -> np.ndarray:
     return penalty
 
 
-def _layer(
-    unit: Unit,
-    solution: Solution,
-    formats: tuple[str, ...],
-    verdicts: Verdicts,
-    costs: CostTable,
-    policy: str,
-    storage_reason: Reason | None,
-) -> LayerPrecision:
-    compute = solution.choice[unit.name]
-    reasons: list[Reason] = []
-    for fmt in formats:
-        found = verdicts.forbidden.get((unit.name, fmt), ())
-        for reason in sorted(found, key=lambda r: -r.numbers.get("amax", 0.0))[:2]:
-            if reason.code != "cost":
-                reasons.append(reason.model_copy(update={"text": f"not {fmt}: {reason.text}"}))
-    reasons.append(_cost_reason(unit, compute, formats, verdicts, costs))
-    params = "fp32"
-    if policy == "cast" and compute in _STORED:
-        params = compute if storage_reason is None else "fp32"
-        if storage_reason is not None:
-            reasons.append(storage_reason)
+def _thresholds(graph: ModelGraph, main: str, verdicts: Verdicts, costs: CostTable) -> dict[str, float]:
+    """What `_leaving` asks of each unit, in ms."""
+    cost = np.asarray([[costs.time_ms[u.name, main]] for u in graph.units])
+    threshold = 0.1 * cost[:, 0] + cost.sum() / 500
+    return {u.name: float(t) for u, t in zip(graph.units, threshold, strict=True) if verdicts.allows(u.name, main)}
+
+
+def _layer(unit: str, solution: Solution, choice: Choice, policy: str, against_storage: list[Reason]) -> LayerPrecision:
+    compute, costs = solution.choice[unit], choice.costs
     evidence: dict[str, Any] = {
-        "time_ms": {f: round(costs.time_ms[unit.name, f], 4) for f in formats},
-        "time_from": costs.how[unit.name, compute],
-        "forbidden": sorted(f for f in formats if not verdicts.allows(unit.name, f)),
+        "time_ms": {f: round(costs.time_ms[unit, f], 4) for f in choice.formats},
+        "time_from": costs.how[unit, compute],
+        "forbidden": sorted(f for f in choice.formats if not choice.verdicts.allows(unit, f)),
     }
-    return LayerPrecision(compute=compute, policy=policy, params=params, reasons=tuple(reasons), evidence=evidence)
+    return LayerPrecision(
+        compute=compute,
+        policy=policy,
+        params=compute if policy == "cast" and compute in STORED and not against_storage else "fp32",
+        reasons=(*reasons_for(unit, compute, choice), *against_storage),
+        evidence=evidence,
+    )
 
 
-def _cost_reason(unit: Unit, compute: str, formats: tuple[str, ...], verdicts: Verdicts, costs: CostTable) -> Reason:
-    """Why `compute` among the formats that are allowed."""
-    allowed = [f for f in formats if verdicts.allows(unit.name, f)]
-    times = {f: costs.time_ms[unit.name, f] for f in allowed}
-    if len(allowed) == 1:
-        return Reason(code="only", text=f"{compute} is what remains", site=None, numbers={})
-    word = _HOW[costs.how[unit.name, compute]]
-    listed = ", ".join(f"{f} {times[f]:.3g}" for f in sorted(allowed, key=times.__getitem__))
-    fastest = min(allowed, key=times.__getitem__)
-    if max(times.values()) == min(times.values()):
-        text = f"as its neighbours: it does nothing itself that is faster in one of {', '.join(allowed)}"
-    elif times[compute] <= 1.02 * times[fastest]:
-        text = f"fastest allowed ({listed} ms, {word})"
-    elif compute == "fp32":
-        text = f"low precision does not gain enough here ({listed} ms, {word})"
-    else:
-        text = f"as its neighbours: {fastest} would gain less than its casts cost ({listed} ms, {word})"
-    return Reason(code="cost", text=text, site=None, numbers={f"time_ms_{f}": t for f, t in times.items()})
+def _default(modules: dict[str, LayerPrecision], policy: str) -> LayerPrecision:
+    """For modules that never ran, and for the loss: what the root got, whose own code is no safer than theirs; where it
+    did not run, what most modules got."""
+    if "" in modules:
+        return LayerPrecision(modules[""].compute, policy=policy, params=modules[""].params)
+    compute = Counter(p.compute for p in modules.values()).most_common(1)[0][0]
+    params = compute if policy == "cast" and compute in STORED else "fp32"
+    return LayerPrecision(compute, policy=policy, params=params)
 
 
-def _storage(profile: Profile, graph: ModelGraph, limits: Limits) -> dict[str, Reason]:
-    """Units whose parameters must stay fp32 because 16-bit storage would swallow their updates."""
-    kept: dict[str, Reason] = {}
-    names = {u.name for u in graph.units}
-    for index, (counts, unchanged, from_zero) in profile.ratios.items():
-        site = profile.sites[index]
-        if site.module not in names:
-            continue
-        lo, hi = swallowed_share(counts, get_format("bf16").precision, unchanged=unchanged, from_zero=from_zero)
-        if lo > limits.swallowed and site.module not in kept:
-            text = (
-                f"params fp32: {lo:.0%} to {hi:.0%} of the updates of {site.tensor} are below half an ulp in bf16 "
-                f"and would be swallowed; {limits.swallowed:.0%} are tolerated"
-            )
-            kept[site.module] = Reason(
-                code="swallowed", text=text, site=str(Site(site.module, Role.UPDATE, 0, site.tensor)),
-                numbers={"lo": lo, "hi": hi},
-            )  # fmt: skip
-    return kept
-
-
-def _loss_scale(verdicts: Verdicts, solution: Solution) -> dict[str, Any]:
-    """The loss_scale section: empty where nothing computes in fp16."""
-    if verdicts.scale is None or "fp16" not in solution.choice.values():
+def _loss_scale(profile: Profile, graph: ModelGraph, solution: Solution, limits: Limits, policy: str) -> dict[str, Any]:
+    """The loss_scale section, from the gradients of what computes in fp16: empty where nothing does."""
+    units = [u for u in graph.units if solution.choice[u.name] == "fp16"]
+    scale = common_interval(
+        profile, units, policy=policy, headroom=limits.gradient_headroom, tolerance=limits.flushed_energy
+    )
+    if scale is None:
         return {}
-    scale = verdicts.scale
-    return {
+    content: dict[str, Any] = {
         "initial": float(2.0**scale.recommended),
         "interval": [scale.lo, scale.hi],
         "floor": float(2.0**scale.lo),
-        "lo_site": str(scale.lo_site),
-        "hi_site": str(scale.hi_site),
     }
+    sites = {"lo_site": scale.lo_site, "hi_site": scale.hi_site}
+    return content | {key: str(site) for key, site in sites.items() if site is not None}
 
 
 def _made_from(
@@ -240,5 +205,5 @@ def _made_from(
             **{f: sum(costs.time_ms[u.name, f] for u in graph.units) for f in formats},
         },
         "casts": solution.casts,
-        "low_precision_flops_share": low / total if total else 0.0,
+        "low_precision_flops_share": low / total if total else float("nan"),
     }

@@ -43,8 +43,8 @@ class _OneScope:
 
 
 class _Counter(FlopCounterMode):
-    """Totals alone. torch's ModuleTracker uses global hooks, which torch.compile warns of, and hooks on gradients, under
-    which autograd.grad inside a loss raises."""
+    """Totals alone. torch's ModuleTracker uses global hooks, which torch.compile warns of, and hooks on gradients,
+    under which autograd.grad inside a loss raises."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

@@ -23,9 +23,9 @@ from torch import nn
 
 from .. import __version__
 from ..errors import ModelError, RunDirectoryError, UsageError
+from ..preservation import ForcedEager
 from ..store import SCHEMA, StatsWriter, drop_steps, prepare_directory, rank_name, update_json, write_json
 from . import graph
-from .eager import ForcedEager
 from .observations import Observations
 from .updates import OptimizerWatcher
 from .watcher import Watcher, watched_modules
