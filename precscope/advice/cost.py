@@ -42,9 +42,10 @@ class CostTable:
         """Measured where cost.parquet has the unit and format; a format that it lacks is emulated on that device and
         takes fp32's time; modelled where there is no measurement of the unit.
 
-        What a module with children does itself, beside them, is the difference of two large times: without FLOPs of
-        its own that difference is noise, and every format is given the least of them. The model has no word on what
-        the root does beside the others either: without FLOPs it costs nothing.
+        What a module with children but no matrix of its own does beside them runs in the dtypes that they hand it,
+        whatever autocast says, and its time is the difference of two large ones: every format is given the least of
+        them. (Attention between bf16 projections, timed alone in fp32, looked faster there and made plans slower.) The
+        model has no word on what the root does beside the others either: without FLOPs it costs nothing.
         """
         time_ms: dict[tuple[str, str], float] = {}
         how: dict[tuple[str, str], str] = {}
@@ -57,11 +58,11 @@ class CostTable:
                 how[row.module, row.format] = "measured"
         for unit in graph.units:
             measured = {f: time_ms[unit.name, f] for f in formats if (unit.name, f) in time_ms}
-            idle = not unit.leaf and not unit.flops and not unit.matmul
+            idle = not unit.leaf and not unit.matmul
             for fmt in formats:
                 key = unit.name, fmt
                 if not measured:
-                    nothing = idle and not unit.name and len(graph.units) > 1
+                    nothing = idle and not unit.flops and not unit.name and len(graph.units) > 1
                     time_ms[key], how[key] = 0.0 if nothing else _modelled(unit.flops, unit.elements, fmt), "model"
                     continue
                 if fmt not in measured:
