@@ -187,6 +187,8 @@ class StatsWriter:
     """
 
     def __init__(self, directory: Path) -> None:
+        import pyarrow.parquet  # noqa: F401  # takes half a second, better now than in the middle of a run
+
         self.directory = directory
         taken = [int(p.stem.split("-")[1]) for p in directory.glob("stats-*.parquet")]
         self._next = max(taken, default=0) + 1

@@ -95,11 +95,12 @@ class SlotBuffer:
             self._source += [NOTHING] * more
             self._exponent += [0] * more
 
-    def clear(self) -> None:
-        """Empty all rows."""
-        self._rows.copy_(reference.new_rows(self.capacity, self._home))
-        self._source = [NOTHING] * self.capacity
-        self._exponent = [0] * self.capacity
+    def clear(self, n: int | None = None) -> None:
+        """Empty the first n rows, all by default."""
+        n = self.capacity if n is None else n
+        self._rows[:n].copy_(reference.new_rows(n, self._home))
+        self._source[:n] = [NOTHING] * n
+        self._exponent[:n] = [0] * n
 
     def accumulate(self, slot: int, x: Tensor, *, multiplier: float = 1.0) -> None:
         """Add the statistics of x * multiplier to row `slot`.

@@ -36,14 +36,13 @@ class Observations:
 
     def _slot(self, device: torch.device) -> tuple[SlotBuffer, Slot]:
         key = str(device)
-        buffer = self._buffers.get(key)
-        with torch.inference_mode(False):  # a buffer made inside inference mode could not be used outside it
-            if buffer is None:
-                buffer = self._buffers[key] = SlotBuffer(device)
-                self._next[key] = 0
-            index = self._next[key]
-            if index >= buffer.capacity:
-                buffer.grow(2 * buffer.capacity)
+        buffer, index = self._buffers.get(key), self._next.get(key, 0)
+        if buffer is None or index >= buffer.capacity:
+            with torch.inference_mode(False):  # made inside inference mode, it could not be used outside
+                if buffer is None:
+                    buffer = self._buffers[key] = SlotBuffer(device)
+                else:
+                    buffer.grow(2 * buffer.capacity)
         self._next[key] = index + 1
         self.used += 1
         return buffer, (key, index)
@@ -136,7 +135,7 @@ class Observations:
     def _clear(self) -> None:
         for key, buffer in self._buffers.items():
             if self._next[key]:
-                buffer.clear()
+                buffer.clear(self._next[key])
             self._next[key] = 0
         self._rows.clear()
         self._ratios.clear()
