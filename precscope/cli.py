@@ -7,7 +7,9 @@ Exit status: 0 done, 1 failed honestly, 2 wrong use.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,7 +61,8 @@ def demo(
     with _progress() as progress:
         result = run(out=out, report=report, steps=steps, size=size, progress=progress)
     print(result.comparison)
-    print("\n".join(result.findings))
+    for finding in result.findings:
+        _say(finding)
     _wrote(result.report, result.plan_path, next=f"open {result.report}, then precscope ask {result.recorded} e4m3")
 
 
@@ -153,6 +156,8 @@ def recommend(
     plan = run_it(loaded, formats=formats.split(","), policy=policy)
     plan.save(out)
     print(plan)
+    print()
+    _say(plan.made_from["says"])
     task = loaded.run.get("task_ref") or "TASK"
     _wrote(out, next=f"precscope train {task} --plan {out} --out runs/plan")
 
@@ -191,7 +196,7 @@ def train(
 
     print(table([out]))
     for text in result.notes:
-        print(text)
+        _say(text)
     _wrote(out, next=f"precscope compare runs/fp32 {out}")
 
 
@@ -285,6 +290,11 @@ def _progress() -> Any:
     from .progress import Progress
 
     return Progress()
+
+
+def _say(text: str) -> None:
+    """A sentence, wrapped to the terminal."""
+    print(textwrap.fill(text, max(40, shutil.get_terminal_size().columns)))
 
 
 def _wrote(*paths: Path, next: str | None = None) -> None:

@@ -96,7 +96,7 @@ def run(
     comparison = compare(runs)
     path = write_report(profile, out=report, plan=plan, runs=runs, title="precscope demo: a byte-level GPT")
     seconds = time.perf_counter() - started
-    said = (*findings(comparison, noise=_noise(runs)), f"The demo took {in_words(seconds)}.")
+    said = (*findings(comparison, noise=_noise(runs)), plan.made_from["says"], f"The demo took {in_words(seconds)}.")
     return DemoResult(comparison, plan, plan_path, Path(path), out / recorded, said, seconds)
 
 

@@ -77,9 +77,10 @@ def examine(*, device: str | None = None, size: int = 1024) -> Diagnosis:
     import torch
 
     from .kernels import backend_for
+    from .recording.recorder import cpu_name
 
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    name = torch.cuda.get_device_name(where) if where.type == "cuda" else _cpu_name()
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else cpu_name()
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     measured = {n: _matmul_gflops(d, where, size) for n, d in dtypes.items()}
     rates = [rate_of(n, gflops, fp32_gflops=measured["fp32"]) for n, gflops in measured.items()]
@@ -144,15 +145,6 @@ def _copy_gbytes(device: torch.device) -> float:
     x = torch.ones(1 << 24, device=device)
     y = torch.empty_like(x)
     return 2 * x.numel() * 4 / _median_seconds(lambda: y.copy_(x), device) / 1e9
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _versions() -> dict[str, str]:

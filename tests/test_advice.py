@@ -68,6 +68,7 @@ def test_healthy_model_goes_low_everywhere(tmp_path):
     assert plan.loss_scale["interval"][0] <= np.log2(plan.loss_scale["initial"]) <= plan.loss_scale["interval"][1]
     assert plan.confirmed is None and "predicted" in str(plan)
     assert plan.made_from["low_precision_flops_share"] == 1.0
+    assert "plain fp16 autocast is already right" in plan.made_from["says"]
 
 
 def test_overflowing_layer_is_kept_out_of_fp16_with_numbers(tmp_path):

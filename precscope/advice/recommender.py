@@ -205,5 +205,16 @@ def _made_from(
             **{f: sum(costs.time_ms[u.name, f] for u in graph.units) for f in formats},
         },
         "casts": solution.casts,
+        "says": _in_one_sentence(set(solution.choice.values()), policy),
         "low_precision_flops_share": low / total if total else float("nan"),
     }
+
+
+def _in_one_sentence(chosen: set[str], policy: str) -> str:
+    """What the plan comes to beside plain autocast."""
+    if chosen == {"fp32"}:
+        return "Every module stays in fp32: low precision is forbidden or gains too little on this device."
+    if len(chosen) == 1 and policy == "autocast":
+        only = next(iter(chosen))
+        return f"Every module is {only}: plain {only} autocast is already right, the plan changes nothing."
+    return "Modules differ: plain autocast would treat them alike."

@@ -256,7 +256,7 @@ def provenance(model: nn.Module) -> dict[str, Any]:
     """What ran: versions, device, host threads, command line."""
     parameter = next(model.parameters(), None)
     device = parameter.device if parameter is not None else torch.device("cpu")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {
         "precscope": __version__,
         "torch": torch.__version__,
@@ -270,6 +270,16 @@ def provenance(model: nn.Module) -> dict[str, Any]:
         "pid": os.getpid(),
         "started": _now(),
     }
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _prepare(path: Path, exist: str) -> Path:
