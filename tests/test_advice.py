@@ -176,6 +176,20 @@ def test_low_precision_that_does_not_pay_is_not_chosen(tmp_path):
     assert {p.compute for p in recommend(profile).modules.values()} == {"bf16"}
 
 
+def test_gains_of_microseconds_are_not_believed(tmp_path):
+    profile = recorded(tmp_path / "run", net())
+    for scale, expected in ((0.01, "fp32"), (10.0, "bf16")):
+        rows = [
+            {"module": m, "format": f, "time_ms": scale * t, "how": "measured", "cast_ms_per_element": 1e-9}
+            for m in ("a", "b", "norm", "c")
+            for f, t in (("fp32", 2.0), ("bf16", 1.0))
+        ]
+        save(pd.DataFrame(rows), tmp_path / "run" / "cost.parquet")
+        plan = recommend(profile, formats=("bf16", "fp32"))
+        assert {plan[m].compute for m in ("a", "b", "norm", "c")} == {expected}
+    assert "plain bf16 autocast is already right" in plan.made_from["says"]
+
+
 def test_wrong_arguments(tmp_path):
     profile = recorded(tmp_path / "run", net(), batches=1)
     with pytest.raises(FormatError, match="unknown format 'fp17'"):

@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 
 _FLOPS, _BANDWIDTH, _CAST_BYTES = 1e12, 1e11, 6.0  # of the model: FLOP/s in fp32, byte/s, bytes per element cast
 _LAUNCH_MS = 0.005  # of one small operation beside the bytes it moves
+_LEAST_GAIN_MS = 0.1  # per step: less is lost again in entering autocast, scaling the loss and the timer's noise
 
 
 @dataclass(frozen=True)
 class CostTable:
     """ms per unit and format (forward and backward of one pass), and of casting one element.
 
+    least_gain_ms: what a plan must gain over fp32 per step.
     how: (unit, format) -> "measured", "emulated" (not native here: no faster than fp32), or "model".
     """
 
@@ -32,6 +34,7 @@ class CostTable:
     how: dict[tuple[str, str], str]
     cast_ms_per_element: float
     cast_ms: float = 0.0
+    least_gain_ms: float = 0.0
 
     def cast(self, elements: int) -> float:
         """Cost of casting `elements` there and their gradient back, in ms."""
@@ -69,7 +72,9 @@ class CostTable:
                     time_ms[key], how[key] = measured.get("fp32", max(measured.values())), "emulated"
                 if idle:
                     time_ms[key] = min(measured.values())
-        return cls(time_ms, how, cast, cast_ms=_LAUNCH_MS if measured_any else 0.0)
+        if not measured_any:
+            return cls(time_ms, how, cast)
+        return cls(time_ms, how, cast, cast_ms=_LAUNCH_MS, least_gain_ms=_LEAST_GAIN_MS)
 
 
 def _modelled(flops: int, elements: int, fmt: str) -> float:

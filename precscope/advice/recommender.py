@@ -87,14 +87,14 @@ def _solve(graph: ModelGraph, formats: tuple[str, ...], verdicts: Verdicts, cost
 
     Two 16-bit formats side by side cost casts, a loss scale and a reader's patience for gains that are mostly noise of
     the measurement: the other one is admitted only where the main one is forbidden. Low precision must gain more than
-    two in a hundred over plain fp32.
+    two in a hundred over plain fp32, and more than `least_gain_ms`.
     """
     mains = [f for f in formats if get_format(f).bits == 16] or list(formats[:1])
     solutions = [(solve(_problem(graph, formats, main, verdicts, costs), costs.time_ms), main) for main in mains]
     best = min(solutions, key=lambda s: s[0].time_ms)
     if "fp32" in formats and mains != ["fp32"]:
         plain = solve(_problem(graph, ("fp32",), "fp32", verdicts, costs), costs.time_ms)
-        if plain.time_ms < 1.02 * best[0].time_ms:
+        if plain.time_ms < max(1.02 * best[0].time_ms, best[0].time_ms + costs.least_gain_ms):
             return plain, "fp32"
     return best
 
