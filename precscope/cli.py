@@ -197,7 +197,13 @@ def train(
     print(table([out]))
     for text in result.notes:
         _say(text)
-    _wrote(out, next=f"precscope compare runs/fp32 {out}")
+    twin = f"precscope train {task} --precision fp32 --steps {steps} --out runs/fp32"
+    planned = f"precscope train {task} --plan plan.json --steps {steps} --out runs/plan"
+    base = Path("runs/fp32")
+    if out == base:
+        _wrote(out, next=planned)
+    else:
+        _wrote(out, next=f"precscope compare {base} {out}" if base.is_dir() else twin)
 
 
 @app.command()
@@ -218,7 +224,8 @@ def compare(
         _write_csv(result.table(), csv)
         _wrote(csv)
     listed = " ".join(f"--run {r}" for r in runs)
-    _next(f"precscope report {runs[-1]} {listed} --out reports/comparison.html")
+    recorded = next((r for r in runs if any(r.glob("stats-*.parquet"))), "RECORDED_RUN")
+    _next(f"precscope report {recorded} {listed} --out reports/comparison.html")
 
 
 @app.command()
