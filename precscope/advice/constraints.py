@@ -103,7 +103,13 @@ def _judged(profile: Profile, graph: ModelGraph, policy: str) -> tuple[list[Site
         rows.append((i, keys.setdefault(s, len(keys))))
     index, key = np.asarray(rows, np.int64).reshape(-1, 2).T
     table = table.take(index)
-    passes = np.asarray([_lets_neg_inf_pass(units[sites[i].module], sites[i].role) for i in index], bool)
+    passes = np.asarray(
+        [
+            _lets_neg_inf_pass(units[sites[i].module], sites[i].role, source)
+            for i, source in zip(index, table.source, strict=True)
+        ],
+        bool,
+    )
     table.neg_inf[passes] = 0
     return list(keys), table.group(key, len(keys))
 
@@ -116,22 +122,20 @@ def _concerns(unit: Unit, role: Role, policy: str) -> bool:
     return role is Role.OUTPUT
 
 
-def _lets_neg_inf_pass(unit: Unit, role: Role) -> bool:
-    """-inf is what masked_fill writes into logits on purpose; every 16-bit format holds it, and only a matrix product
-    of it is harmful."""
-    return role is Role.OUTPUT or (role is Role.INPUT and not unit.matmul)
+def _lets_neg_inf_pass(unit: Unit, role: Role, source: str) -> bool:
+    """-inf alone is what masks and masked_fill write on purpose, and every 16-bit format holds it. As an operand of a
+    matrix product it would have made NaN; beside one it is a mask, unless fp16 may have made it by overflowing."""
+    return role is Role.OUTPUT or (role is Role.INPUT and (not unit.matmul or source != "fp16"))
 
 
 def _masks(sites: list[Site], table: StatsTable) -> np.ndarray:
-    """bool[S]: tensors that look like additive attention masks, {0, -inf} or {0, one huge negative value}, or that
-    bear the name and hold -inf. A format that turns their huge value into -inf does what was meant."""
+    """bool[S]: tensors that look like additive attention masks, {0, -inf} or {0, one huge negative value}. A format
+    that turns their huge value into -inf does what was meant."""
     only_neg_inf = (table.pos_inf == 0) & (table.nan == 0)
     one_value = (table.amax == 0) | (table.amax == table.amin_nonzero)
     huge = (table.amax >= _MASK_FROM) & (table.zeros > 0) & (table.sum < 0)
-    named = np.asarray(["mask" in s.tensor.lower() for s in sites], bool)
     activation = np.asarray([s.role in (Role.INPUT, Role.OUTPUT) for s in sites], bool)
-    neg_inf = table.neg_inf > 0
-    return activation & only_neg_inf & ((one_value & (neg_inf | huge)) | (named & neg_inf))
+    return activation & only_neg_inf & one_value & ((table.neg_inf > 0) | huge)
 
 
 def _range_reasons(
