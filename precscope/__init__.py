@@ -25,7 +25,7 @@ _WHERE = {
     "Task": "tasks",
     "train": "training", "TrainConfig": "training", "TrainResult": "training",
     "profile": "profiling",
-    "recommend": "advice",
+    "recommend": "confirmation",
     "compare": "comparison",
     "report": "reporting",
     "PrecscopeError": "errors", "UsageError": "errors", "RunError": "errors",

@@ -510,11 +510,33 @@ class Twice(nn.Module):
 
 def test_a_shared_module_is_decided_once():
     model = Twice()
+    exact = model(torch.ones(1, 4))
     for plan in ({"first": "bf16"}, {"second": "bf16"}, {"first": "bf16", "second": "bf16"}, {"*": "bf16"}):
         with apply(PrecisionPlan(modules=plan), model):
-            assert model(torch.ones(1, 4)).dtype == torch.bfloat16
+            out = model(torch.ones(1, 4))
+            assert torch.equal(out, out.bfloat16().float()) and not torch.equal(out, exact)
     with pytest.raises(PlanError, match=r"'first' \(bf16\) and 'second' \(fp16\) are one shared module: give both"):
         apply(PrecisionPlan(modules={"first": "bf16", "second": "fp16"}), model)
+
+
+def test_an_fp32_module_gets_its_low_childrens_results_in_fp32():
+    """Its own code is not under autocast: an fp32 and a bf16 operand of a product would raise there."""
+
+    class Mixes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.a(x) @ self.b(x)
+
+    model, x = Mixes(), torch.randn(4, 4)
+    with apply(PrecisionPlan(modules={"a": "bf16"}), model):
+        out = model(x)
+        out.sum().backward()
+    assert out.dtype is torch.float32 and model.a.weight.grad.dtype is torch.float32
+    low = torch.nn.functional.linear(x.bfloat16(), model.a.weight.bfloat16(), model.a.bias.bfloat16())
+    torch.testing.assert_close(out, low.float() @ model.b(x), rtol=1e-5, atol=1e-6)
 
 
 def test_a_shared_module_under_two_parents_that_differ():

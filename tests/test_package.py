@@ -16,8 +16,9 @@ ROOT = Path(precscope.__file__).parent
 # From the ground up; a module imports only from rooms before its own (or its own package).
 ORDER = [
     "errors", "formats", "sites", "histogram", "stats", "reference", "rounding", "kernels", "store", "plans",
-    "profiles", "batches", "preservation", "tasks", "applying", "recording", "advice", "training", "profiling",
-    "comparison", "reporting", "doctor", "progress", "demo", "cli",
+    "profiles", "opstore", "batches", "preservation", "tasks", "attribution", "emulation", "applying", "recording",
+    "tracing", "advice", "training", "confirmation", "profiling", "replaying", "comparison", "reporting", "doctor",
+    "progress", "demo", "zoo", "bench", "cli",
 ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ time; solve.py is the linear program; recommender.py puts them together and give
 """
 
 from .constraints import Limits
+from .measured import Measured
 from .recommender import recommend
 
-__all__ = ["Limits", "recommend"]
+__all__ = ["Limits", "Measured", "recommend"]

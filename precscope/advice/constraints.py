@@ -18,6 +18,7 @@ from ..profiles import Profile
 from ..sites import Role, Site
 from ..stats import StatsTable
 from .loss_scale import judge_gradients, largest_scale
+from .measured import Measured
 from .units import ModelGraph, Unit, is_inside
 
 _MASK_FROM = 1e4  # additive masks use -1e4 (for fp16), -1e9 or the lowest finite value in place of -inf
@@ -56,9 +57,18 @@ class Verdicts:
         return (unit, fmt) not in self.forbidden
 
 
-def judge(profile: Profile, graph: ModelGraph, formats: tuple[str, ...], *, limits: Limits, policy: str) -> Verdicts:
-    """Apply the range rules to every unit and every format narrower than fp32."""
-    verdicts = Verdicts({})
+def judge(
+    profile: Profile,
+    graph: ModelGraph,
+    formats: tuple[str, ...],
+    *,
+    limits: Limits,
+    policy: str,
+    measured: Measured | None = None,
+) -> Verdicts:
+    """Apply the range rules to every unit and every format narrower than fp32, and what was measured."""
+    measured = measured or Measured()
+    verdicts = Verdicts({key: list(reasons) for key, reasons in measured.forbidden.items()})
     sites, table = _judged(profile, graph, policy)
     fed = {s.module for s in profile.sites if s.role is Role.INPUT}  # a look-up takes integers: no input is recorded
     for name in formats:
@@ -66,16 +76,18 @@ def judge(profile: Profile, graph: ModelGraph, formats: tuple[str, ...], *, limi
         if fmt.bits >= 32 or fmt.name == "tf32":
             continue
         for unit, reason in _range_reasons(sites, table, fmt, limits):
+            if not measured.keeps(reason, name):
+                continue
             where = verdicts.doubts if reason.code == "censored" else verdicts.forbidden
             where.setdefault((unit, name), []).append(reason)
-        for unit, reason in list(_inherited(graph, verdicts, name)):
+        for unit, reason in list(_inherited(graph, verdicts, name)) if name not in measured.formats else ():
             verdicts.forbidden.setdefault((unit, name), []).append(reason)
         if fmt.bits <= 8:
             for u in graph.units:
                 if not u.matmul or u.name not in fed:
                     reason = Reason(code="cost", text=f"{name} pays for matrix products only", site=None, numbers={})
                     verdicts.forbidden.setdefault((u.name, name), []).append(reason)
-    if "fp16" in formats:
+    if "fp16" in formats and "fp16" not in measured.formats:
         candidates = [u for u in graph.units if verdicts.allows(u.name, "fp16")]
         found = judge_gradients(
             profile, candidates, policy=policy, headroom=limits.gradient_headroom, tolerance=limits.flushed_energy

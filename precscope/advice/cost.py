@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _FLOPS, _BANDWIDTH, _CAST_BYTES = 1e12, 1e11, 6.0  # of the model: FLOP/s in fp32, byte/s, bytes per element cast
 _LAUNCH_MS = 0.005  # of one small operation beside the bytes it moves
-_LEAST_GAIN_MS = 0.1  # per step: less is lost again in entering autocast, scaling the loss and the timer's noise
+LEAST_GAIN_MS = 0.1  # per step: less is lost again in entering autocast, scaling the loss and the timer's noise
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class CostTable:
                     time_ms[key] = min(measured.values())
         if not measured_any:
             return cls(time_ms, how, cast)
-        return cls(time_ms, how, cast, cast_ms=_LAUNCH_MS, least_gain_ms=_LEAST_GAIN_MS)
+        return cls(time_ms, how, cast, cast_ms=_LAUNCH_MS, least_gain_ms=LEAST_GAIN_MS)
 
 
 def _modelled(flops: int, elements: int, fmt: str) -> float:

@@ -14,12 +14,13 @@ from ..formats import get_format
 from ..plans import STORED, LayerPrecision, PrecisionPlan, Reason
 from ..profiles import Profile
 from .constraints import Limits, Verdicts, judge
-from .cost import CostTable
+from .cost import LEAST_GAIN_MS, CostTable
 from .loss_scale import common_interval
+from .measured import Measured
 from .reasons import Choice, reasons_for
 from .solve import Problem, Solution, solve
-from .storage import storage_reasons
-from .units import ModelGraph
+from .storage import optimizer_advice, storage_reasons, stored_modules
+from .units import ModelGraph, Unit
 
 _COMPUTE = ("fp32", "tf32", "bf16", "fp16", "e4m3", "e5m2")
 
@@ -31,13 +32,15 @@ def recommend(
     policy: str = "autocast",
     limits: Limits | None = None,
     costs: str = "auto",
+    measured: Measured | None = None,
 ) -> PrecisionPlan:
-    """Recommend a format per module from a recorded run.
+    """Recommend a format per module from a recorded run alone. See `precscope.recommend`, which also confirms.
 
     formats: what may be chosen; fp32 is the way out where ranges forbid the others. policy: "autocast" (fp32 master
     weights, PyTorch's op lists decide inside) or "cast" (everything in the module runs in the format). limits:
     tolerances of the range rules. costs: "auto" takes what was measured on the recording device; "model" a FLOP/byte
     model of a device where each halving of the width doubles the speed, fp8 included, for a plan to use elsewhere.
+    measured: what trying formats on the model itself has shown.
 
     The plan minimises predicted time per step: measured per module and format where the run has cost.parquet, else a
     FLOP and byte model, plus casts where neighbours differ. It is made from ranges and costs alone and says
@@ -47,24 +50,35 @@ def recommend(
     limits = limits or Limits()
     names = _check(formats, policy)
     graph = ModelGraph.of(profile)
-    verdicts = judge(profile, graph, names, limits=limits, policy=policy)
+    verdicts = judge(profile, graph, names, limits=limits, policy=policy, measured=measured)
     if costs not in ("auto", "model"):
         raise UsageError(f"costs must be 'auto' or 'model', not {costs!r}")
     table = CostTable.of(profile.cost if costs == "auto" else None, graph, names)
     solution, main = _solve(graph, names, verdicts, table)
     choice = Choice(names, main, _thresholds(graph, main, verdicts, table), verdicts, table, graph)
-    storage: dict[str, list[Reason]] = {}
-    if policy == "cast":
-        storage = storage_reasons(
-            profile, solution.choice, swallowed=limits.swallowed, flushed_state=limits.flushed_state
-        )
-    modules = {u.name: _layer(u.name, solution, choice, policy, storage.get(u.name, [])) for u in graph.units}
+    storage, optimizer = _storage(profile, graph, solution, main, limits) if policy == "cast" else ({}, {})
+    modules = {u.name: _layer(u, solution, choice, policy, storage.get(u.name, [])) for u in graph.units}
+    modules |= {
+        name: LayerPrecision("fp32", policy=policy, params="fp32", reasons=tuple(reasons))
+        for name, reasons in storage.items()
+        if name not in modules  # it never ran in the recorded steps: an EMA copy, say
+    }
     return PrecisionPlan(
         default=_default(modules, policy),
         modules=modules,
         loss_scale=_loss_scale(profile, graph, solution, limits, policy),
+        optimizer=optimizer,
         made_from=_made_from(profile, names, policy, limits, graph, solution, table),
     )
+
+
+def _storage(
+    profile: Profile, graph: ModelGraph, solution: Solution, main: str, limits: Limits
+) -> tuple[dict[str, list[Reason]], dict[str, Any]]:
+    """What must be stored in fp32 and why, and advice for the optimizer, under policy "cast"."""
+    formats = dict.fromkeys(stored_modules(profile), main) | dict(solution.choice)
+    reasons = storage_reasons(profile, formats, swallowed=limits.swallowed, flushed_state=limits.flushed_state)
+    return reasons, optimizer_advice(profile, formats, reasons)
 
 
 def _check(formats: Sequence[str], policy: str) -> tuple[str, ...]:
@@ -135,18 +149,28 @@ def _thresholds(graph: ModelGraph, main: str, verdicts: Verdicts, costs: CostTab
     return {u.name: float(t) for u, t in zip(graph.units, threshold, strict=True) if verdicts.allows(u.name, main)}
 
 
-def _layer(unit: str, solution: Solution, choice: Choice, policy: str, against_storage: list[Reason]) -> LayerPrecision:
-    compute, costs = solution.choice[unit], choice.costs
+def _layer(
+    unit: Unit, solution: Solution, choice: Choice, policy: str, against_storage: list[Reason]
+) -> LayerPrecision:
+    name, costs = unit.name, choice.costs
+    compute = solution.choice[name]
     evidence: dict[str, Any] = {
-        "time_ms": {f: round(costs.time_ms[unit, f], 4) for f in choice.formats},
-        "time_from": costs.how[unit, compute],
-        "forbidden": sorted(f for f in choice.formats if not choice.verdicts.allows(unit, f)),
+        "time_ms": {f: round(costs.time_ms[name, f], 4) for f in choice.formats},
+        "time_from": costs.how[name, compute],
+        "forbidden": sorted(f for f in choice.formats if not choice.verdicts.allows(name, f)),
     }
+    reasons = [*reasons_for(name, compute, choice), *against_storage]
+    if against_storage and compute != "fp32" and "fp32" in choice.formats:
+        gain = costs.time_ms[name, "fp32"] - costs.time_ms[name, compute] - costs.cast(unit.own_params)
+        if gain < LEAST_GAIN_MS:
+            text = f"fp32, as its parameters are: casting them to {compute} at each pass would gain {gain:.2g} ms"
+            reason = Reason(code="cost", text=text, site=None, numbers={"gain_ms": gain})
+            compute, reasons = "fp32", [*against_storage, reason]
     return LayerPrecision(
         compute=compute,
         policy=policy,
         params=compute if policy == "cast" and compute in STORED and not against_storage else "fp32",
-        reasons=(*reasons_for(unit, compute, choice), *against_storage),
+        reasons=tuple(reasons),
         evidence=evidence,
     )
 

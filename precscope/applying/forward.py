@@ -14,7 +14,7 @@ from torch import nn
 
 from .devices import device_type, tf32_switches
 from .fp8 import fake_quantise, quantise_gradient
-from .inputs import cast_input, fit, map_tensors, round_input
+from .inputs import cast_input, cast_up, fit, map_tensors, round_input
 from .spec import MARK, Spec
 from .swaps import Swap, swap_back, swap_in
 
@@ -59,24 +59,33 @@ def _planned_forward(self, *args, **kwargs):
         if spec.kind == "autocast" and spec.fp8 is None:
             return _own_forward(self, spec, args, kwargs)
         return _run(self, spec, args, kwargs)
-    now.region = spec.region
+    around_kind = now.kind
+    now.region, now.kind = spec.region, spec.kind
     try:
-        device = device_type(self, args, kwargs)
-        if spec.tf32 is not None and device == "cuda" and not torch.compiler.is_compiling():
-            with tf32_switches(spec.tf32), torch.autocast(device, enabled=False):
-                return _run(self, spec, args, kwargs)
-        enabled = torch.is_autocast_enabled(device)
-        if spec.kind == "autocast":
-            if enabled and torch.get_autocast_dtype(device) == spec.dtype:
-                return _run(self, spec, args, kwargs)
-            with torch.autocast(device, dtype=spec.dtype):
-                return _run(self, spec, args, kwargs)
-        if enabled:
-            with torch.autocast(device, enabled=False):
-                return _run(self, spec, args, kwargs)
-        return _run(self, spec, args, kwargs)
+        output = _run_region(self, spec, args, kwargs)
     finally:
-        now.region = around
+        now.region, now.kind = around, around_kind
+    if around_kind == "fp32" and spec.kind != "fp32":
+        return map_tensors(output, cast_up)  # the code of an fp32 module is not under autocast: it cannot mix dtypes
+    return output
+
+
+def _run_region(self, spec, args, kwargs):
+    """The forward of a region's outermost module, under the autocast state of the region."""
+    device = device_type(self, args, kwargs)
+    if spec.tf32 is not None and device == "cuda" and not torch.compiler.is_compiling():
+        with tf32_switches(spec.tf32), torch.autocast(device, enabled=False):
+            return _run(self, spec, args, kwargs)
+    enabled = torch.is_autocast_enabled(device)
+    if spec.kind == "autocast":
+        if enabled and torch.get_autocast_dtype(device) == spec.dtype:
+            return _run(self, spec, args, kwargs)
+        with torch.autocast(device, dtype=spec.dtype):
+            return _run(self, spec, args, kwargs)
+    if enabled:
+        with torch.autocast(device, enabled=False):
+            return _run(self, spec, args, kwargs)
+    return _run(self, spec, args, kwargs)
 
 
 def _own_forward(module: nn.Module, spec: Spec, args: tuple, kwargs: dict) -> Any:

@@ -23,6 +23,11 @@ def cast_input(tensor: Tensor, *, kind: str, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
+def cast_up(tensor: Tensor) -> Tensor:
+    """16-bit tensors in fp32, which is exact; others as they are."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 def round_input(tensor: Tensor, *, fmt: str) -> Tensor:
     """An operand rounded to the values of `fmt`; integers stay."""
     return fake_quantise(tensor, fmt) if tensor.is_floating_point() else tensor

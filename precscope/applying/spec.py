@@ -17,10 +17,11 @@ MARK = "_precscope_plan"
 
 
 class Now:
-    """Which region is running; one per applied plan."""
+    """Which region is running, and of which kind ("" outside the model); one per applied plan."""
 
     def __init__(self) -> None:
         self.region = -1
+        self.kind = ""
 
 
 @dataclasses.dataclass(eq=False)

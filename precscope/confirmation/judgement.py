@@ -1,0 +1,149 @@
+"""How far an outcome is from fp32's, in units of what is tolerated: above 1 fails.
+
+Gradients are measured against their own size and against what they were over the recorded run: near a minimum a
+gradient is small, its relative error large and harmless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .probe import Outcome
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a plan may change against fp32.
+
+    loss: share of the loss. span: share of the largest loss of the run, added to it (a loss of nearly zero has large
+    relative errors). gradient: relative error of the whole gradient. parameter, elements: at most a share `elements` of
+    all trained elements may lie in parameters whose own gradient is off by more than `parameter`. output: relative
+    error of the output at inference. order: share of pairs of output values, clearly ordered in fp32, that become
+    equal or change places.
+    """
+
+    loss: float = 0.1
+    span: float = 0.01
+    gradient: float = 0.15
+    parameter: float = 0.3
+    elements: float = 0.1
+    output: float = 0.05
+    order: float = 0.2
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """score: the worst part in units of its tolerance. text: that part in words. numbers: all parts."""
+
+    score: float
+    text: str
+    numbers: dict[str, float]
+
+    @property
+    def passed(self) -> bool:
+        return self.score <= 1.0
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """loss_span: the largest loss of the run. gradients: parameter -> rms over the run of its gradient's norm."""
+
+    tolerance: Tolerance
+    loss_span: float = 0.0
+    gradients: Mapping[str, float] | None = None
+
+    def judge(self, reference: Outcome, outcome: Outcome) -> Judgement:
+        """Compare an outcome with fp32's on the same batch."""
+        if outcome.error:
+            return Judgement(float("inf"), f"it raises {outcome.error}", {})
+        if not outcome.finite and reference.finite:
+            return Judgement(float("inf"), _nonfinite(reference, outcome), {})
+        parts = [self._order(reference, outcome)]
+        if reference.gradients or reference.loss == reference.loss:
+            parts += [self._loss(reference, outcome), *self._gradients(reference, outcome)]
+        else:
+            parts.append(self._output(reference, outcome))
+        worst = max(parts, key=lambda p: p.score)
+        numbers = {key: value for part in parts for key, value in part.numbers.items()}
+        return Judgement(worst.score, worst.text, numbers)
+
+    def _loss(self, reference: Outcome, outcome: Outcome) -> Judgement:
+        change = abs(outcome.loss - reference.loss)
+        allowed = self.tolerance.loss * abs(reference.loss) + self.tolerance.span * max(self.loss_span, 1e-30)
+        text = f"the loss becomes {outcome.loss:.4g}, in fp32 it is {reference.loss:.4g}"
+        return Judgement(
+            change / allowed if allowed else 0.0, text, {"loss": outcome.loss, "loss_fp32": reference.loss}
+        )
+
+    def _gradients(self, reference: Outcome, outcome: Outcome) -> list[Judgement]:
+        known = self.gradients or {}
+        error2 = size2 = usual2 = 0.0
+        elements = harmed = 0
+        worst, worst_error = "", 0.0
+        for name, exact in reference.gradients.items():
+            got = outcome.gradients.get(name)
+            error = float(torch.linalg.vector_norm(exact if got is None else got - exact))
+            size, usual = float(torch.linalg.vector_norm(exact)), known.get(name, 0.0)
+            relative = error / (size + usual) if error else 0.0
+            error2, size2, usual2 = error2 + error**2, size2 + size**2, usual2 + usual**2
+            elements += exact.numel()
+            if relative > self.tolerance.parameter:
+                harmed += exact.numel()
+            if relative > worst_error:
+                worst, worst_error = name, relative
+        if not elements:
+            return []
+        total = error2**0.5 / (size2**0.5 + usual2**0.5) if error2 else 0.0
+        share = harmed / elements
+        return [
+            Judgement(
+                total / self.tolerance.gradient,
+                f"parameter gradients are off by {total:.0%} of their size, those of {worst} by {worst_error:.0%}",
+                {"gradient_error": total, "worst_gradient_error": worst_error},
+            ),
+            Judgement(
+                share / self.tolerance.elements,
+                f"the gradients of {share:.0%} of the trained elements are off by more than "
+                f"{self.tolerance.parameter:.0%}, those of {worst} by {worst_error:.0%}",
+                {"elements_off": share},
+            ),
+        ]
+
+    def _output(self, reference: Outcome, outcome: Outcome) -> Judgement:
+        assert reference.outputs is not None and outcome.outputs is not None
+        size = float(torch.linalg.vector_norm(reference.outputs))
+        error = float(torch.linalg.vector_norm(outcome.outputs - reference.outputs))
+        relative = error / size if size else float(error > 0)
+        return Judgement(
+            relative / self.tolerance.output,
+            f"the output is off by {relative:.1%} of its size",
+            {"output_error": relative},
+        )
+
+    def _order(self, reference: Outcome, outcome: Outcome) -> Judgement:
+        """Values of the output that were told apart in fp32 and are not any more: scores that saturate."""
+        before, after = reference.outputs, outcome.outputs
+        if before is None or after is None or before.numel() < 8 or before.shape != after.shape:
+            return Judgement(0.0, "", {})
+        if before.numel() > 512:
+            before, after = (v[:: v.numel() // 512] for v in (before, after))
+        gap = before[:, None] - before[None, :]
+        pairs = gap > 1e-6 * float(before.abs().max())
+        count = int(pairs.sum())
+        if not count:
+            return Judgement(0.0, "", {})
+        lost = int(((after[:, None] - after[None, :]) <= 0)[pairs].sum()) / count
+        text = f"{lost:.0%} of the pairs of output values that differ in fp32 become equal or change places"
+        return Judgement(lost / self.tolerance.order, text, {"order_lost": lost})
+
+
+def _nonfinite(reference: Outcome, outcome: Outcome) -> str:
+    if outcome.loss - outcome.loss != 0 and reference.loss == reference.loss:
+        return f"the loss becomes {outcome.loss}, in fp32 it is {reference.loss:.4g}"
+    bad = [name for name, g in outcome.gradients.items() if not bool(g.isfinite().all())]
+    if bad:
+        return f"the gradient of {bad[0]}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''} is not finite"
+    return "the output is not finite"

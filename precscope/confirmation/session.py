@@ -1,0 +1,335 @@
+"""One confirmation from beginning to end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import numpy as np
+
+from ..advice import Measured
+from ..advice import recommend as predict
+from ..advice.units import ModelGraph
+from ..errors import TaskError
+from ..formats import get_format
+from ..plans import LayerPrecision, PrecisionPlan, Reason
+from ..profiles import Profile
+from ..recording.recorder import unwrap
+from ..sites import Role
+from ..tasks import Task
+from .explanation import Explanation, explain
+from .judgement import Judgement, Tolerance, Yardstick
+from .probe import Outcome, Prober
+from .search import Finding, find_high
+from .states import States
+from .substitution import Memory
+from .trial import Trial, run_trial, state_kept
+
+_ROUNDS = 4  # of tightening the plan that the program proposes
+
+
+class Session:
+    """Confirms what `predict(profile, **asked)` proposes on `task`. See `recommend` for the arguments."""
+
+    def __init__(
+        self,
+        task: Task,
+        profile: Profile,
+        asked: dict[str, Any],
+        *,
+        tolerance: Tolerance,
+        batches: int,
+        trial_steps: int,
+        loss_scaling: bool,
+        note: Callable[[str], None] | None,
+    ) -> None:
+        self.task, self.profile, self.asked = task, profile, asked
+        self.policy = asked["policy"]
+        self.inference = profile.run.get("mode") == "inference"
+        self.trial_steps = 0 if self.inference else trial_steps
+        self.loss_scaling = loss_scaling
+        self._note = note or (lambda text: None)
+        self.graph = ModelGraph.of(profile)
+        self.measured = Measured()
+        self.yardstick = Yardstick(tolerance, _loss_span(profile), _usual_gradients(profile))
+        self.findings: dict[tuple[str, str], Finding] = {}
+        self.states = States(unwrap(task.model))
+        self.batches = self._fresh_batches(batches)
+        self._references: dict[tuple[str, int], Outcome] = {}
+        self._memories: dict[tuple[str, str], Memory] = {}
+        self.trials: dict[str, Trial] = {}
+        self._passes_before: dict[str, int] = {}
+
+    def run(self) -> PrecisionPlan:
+        """The confirmed plan, or the last one tried, which says that it is not confirmed."""
+        with state_kept(self.task):
+            self._prepare()
+            for _ in range(2 * len(self._formats())):
+                plan = self._predict(hopeful=True)
+                new = sorted(_low_formats(plan) - self.measured.formats)
+                if not new:
+                    break
+                for fmt in new:
+                    self._measure(fmt)
+            return self._confirm()
+
+    # states and batches
+
+    def _fresh_batches(self, count: int) -> list[Any]:
+        """Batches after the recorded ones, enough for confirming and for the trial."""
+        steps = self.profile.steps
+        first = (steps[-1] + 1 if steps else 0) * int(self.profile.run.get("accumulate", 1) or 1)
+        found: list[Any] = []
+        for index in range(max(count, self.trial_steps)):
+            try:
+                found.append(self.task.batch(first + index))
+            except TaskError:
+                break
+        self.confirming = found[:count] or [self.task.batch(0)]
+        return found
+
+    def _prepare(self) -> None:
+        """The states to try: as the model stands, and after the trial in fp32."""
+        predicted = self._predict(hopeful=False)
+        scale = predicted.loss_scale.get("initial", 2.0**16)
+        exponent = int(np.clip(np.floor(np.log2(scale)), -14, 24)) if self.loss_scaling else None
+        self.prober = Prober(self.task, policy=self.policy, inference=self.inference, scale_exponent=exponent)
+        started = getattr(self.task, "start_state", None)
+        if started is not None:
+            self.states.adopt("start", started)
+            self.states.keep("trained")
+        else:
+            self.states.keep("start")
+        if not started and self.trial_steps and len(self.batches) > 1:
+            self._note(f"training {len(self.batches)} steps in fp32")
+            self.trials["fp32"] = run_trial(self.task, self.batches)
+            if self.trials["fp32"].finite:
+                self.states.keep("trained")
+            self.states.go("start")
+        for state in self.states:
+            self._reference(state, 0)
+
+    def _reference(self, state: str, index: int) -> Outcome:
+        """fp32 on a batch. Raises TaskError where that does not run."""
+        key = state, index
+        if key not in self._references:
+            self.states.go(state)
+            outcome = self.prober.reference(self.confirming[index])
+            if outcome.error:
+                raise TaskError(f"the task does not run in fp32: {outcome.error}")
+            if not outcome.finite:
+                raise TaskError("the task's loss, output or gradients are not finite in fp32: mend that first")
+            self._references[key] = outcome
+        return self._references[key]
+
+    # measuring
+
+    def _formats(self) -> list[str]:
+        formats = self.asked["formats"]
+        return formats.replace(",", " ").split() if isinstance(formats, str) else list(formats)
+
+    def _predict(self, *, hopeful: bool) -> PrecisionPlan:
+        """hopeful: formats that were not tried yet are taken to bear what only might harm them."""
+        measured = self.measured
+        if hopeful:
+            low = {get_format(f).name for f in self._formats() if get_format(f).bits == 16}
+            measured = Measured(measured.formats | low, measured.forbidden)
+        return predict(self.profile, **self.asked, measured=measured)
+
+    def _measure(self, fmt: str) -> None:
+        """Find what cannot be `fmt`, at each state."""
+        high = frozenset(self._certain(fmt))
+        self._passes_before[fmt] = self.prober.passes if self.findings else 0
+        for state in self.states:
+            self._note(f"trying {fmt} on the model ({state})")
+            finding = self._find(fmt, state, high)
+            self.findings[fmt, state] = finding
+            explained = self._explain(fmt, state, finding.high - high)
+            for unit in sorted(finding.high - high):
+                self.measured.forbid(unit, fmt, self._reason(unit, fmt, state, finding, explained.get(unit)))
+            high = finding.high
+        self.measured.formats |= {fmt}
+
+    def _certain(self, fmt: str) -> list[str]:
+        """Units that recorded values already forbid."""
+        found = predict(
+            self.profile, **{**self.asked, "formats": (fmt, "fp32")},
+            measured=Measured(self.measured.formats | {fmt}, self.measured.forbidden),
+        )  # fmt: skip
+        return [u for u, layer in found.modules.items() if fmt in layer.evidence.get("forbidden", ())]
+
+    def _find(self, fmt: str, state: str, start: frozenset[str]) -> Finding:
+        batch, reference = self.confirming[0], self._reference(state, 0)
+
+        def holds(high: frozenset[str]) -> Judgement:
+            self.states.go(state)
+            return self._judge(reference, self.prober.planned(batch, self._plan_of(fmt, high)))
+
+        def alone(units: Collection[str]) -> Judgement:
+            self.states.go(state)
+            return self._judge(reference, self.prober.alone(batch, fmt, units, self._memory(fmt, state)))
+
+        names = [u.name for u in self.graph.units]
+        return find_high(names, holds, alone, start=start, budget=max(self._passes_left(fmt), 4))
+
+    def _passes_left(self, fmt: str) -> int:
+        """Of 2n + 20 for this format, less what two rounds of confirming take."""
+        allowed = 2 * len(self.graph.units) + 20 - 2 * len(self.confirming) * len(list(self.states))
+        return allowed - (self.prober.passes - self._passes_before[fmt])
+
+    def _memory(self, fmt: str, state: str) -> Memory:
+        key = fmt, state
+        if key not in self._memories:
+            _, self._memories[key] = self.prober.all_low(self.confirming[0], fmt)
+        return self._memories[key]
+
+    def _judge(self, reference: Outcome, outcome: Outcome) -> Judgement:
+        return self.yardstick.judge(reference, outcome)
+
+    def _plan_of(self, fmt: str, high: frozenset[str]) -> PrecisionPlan:
+        def layer(unit: str) -> LayerPrecision:
+            return LayerPrecision("fp32") if unit in high else LayerPrecision(fmt, policy=self.policy)
+
+        modules = {u.name: layer(u.name) for u in self.graph.units}
+        return PrecisionPlan(default=modules.get("", LayerPrecision(fmt, policy=self.policy)), modules=modules)
+
+    def _explain(self, fmt: str, state: str, units: Collection[str]) -> dict[str, Explanation]:
+        """Which op does the harm in each of `units`, as far as passes remain."""
+        units = sorted(units)[: max(0, self._passes_left(fmt) - 1)]
+        if not units:
+            return {}
+        batch, memory = self.confirming[0], self._memory(fmt, state)
+        self.states.go(state)
+        with self.prober.logged(units) as log:
+            self.prober.reference(batch)
+        exact, found = log.results, {}
+        for unit in units:
+            with self.prober.logged([unit]) as log:
+                self.prober.alone(batch, fmt, [unit], memory)
+            explanation = explain(exact[unit], log.results[unit], fmt)
+            if explanation is not None:
+                found[unit] = explanation
+        return found
+
+    def _reason(self, unit: str, fmt: str, state: str, finding: Finding, explanation: Explanation | None) -> Reason:
+        judgement = finding.alone.get(unit)
+        when = "" if state == "start" else " after some training"
+        if judgement is not None and judgement.score > 0.5:
+            text = f"measured{when}: with it alone in {fmt} and all else in fp32, {judgement.text}"
+        else:
+            text = f"measured{when}: with it in {fmt} as well, {finding.before.text}"
+        numbers = {} if judgement is None else {k: float(v) for k, v in judgement.numbers.items()}
+        if explanation is not None:
+            text += f". {explanation.text}"
+            text += f". Instead of fp32: {explanation.fix}" if explanation.fix else ""
+            numbers |= explanation.numbers
+        return Reason(code="measured", text=text, site=None, numbers=numbers)
+
+    # confirming
+
+    def _confirm(self) -> PrecisionPlan:
+        """The program's plan, tightened until it holds on all batches and states, and in training."""
+        for round_ in range(_ROUNDS):
+            plan = self._predict(hopeful=False)
+            self._note("confirming the whole plan")
+            judgement, where = self._try(plan)
+            trial = self._try_training(plan) if judgement.passed else None
+            passed = judgement.passed and (trial is None or trial["passed"])
+            if passed or round_ + 1 == _ROUNDS or not self._tighten(plan, judgement):
+                break
+        return plan.replace(confirmed=self._confirmation(passed, judgement, where, trial))
+
+    def _try(self, plan: PrecisionPlan) -> tuple[Judgement, str]:
+        """The worst judgement over batches and states, and where."""
+        worst, where = Judgement(0.0, "", {}), ""
+        if not _low_formats(plan):
+            return worst, where
+        for state in self.states:
+            for index, batch in enumerate(self.confirming):
+                reference = self._reference(state, index)
+                self.states.go(state)
+                judgement = self._judge(reference, self.prober.planned(batch, plan))
+                if judgement.score >= worst.score:
+                    worst, where = judgement, f"{state}, batch {index}"
+                if not judgement.passed:
+                    return worst, where
+        return worst, where
+
+    def _try_training(self, plan: PrecisionPlan) -> dict[str, Any] | None:
+        """The plan trained from the start on the batches of the fp32 trial."""
+        exact = self.trials.get("fp32")
+        if exact is None or not exact.finite or not _low_formats(plan):
+            return None
+        self._note(f"training {len(self.batches)} steps with the plan")
+        self.states.go("start")
+        got = run_trial(self.task, self.batches, plan=plan, scaling=self.loss_scaling)
+        self.states.go("start")
+        tolerance = self.yardstick.tolerance
+        span = max(self.yardstick.loss_span, max(map(abs, exact.losses)))
+        allowed = 2 * tolerance.loss * abs(exact.last) + 2 * tolerance.span * span
+        passed = got.finite and got.skipped < len(self.batches) / 2 and got.last - exact.last <= allowed
+        self.trials["plan"] = got
+        return {
+            "passed": bool(passed), "steps": len(self.batches), "loss_fp32": exact.last, "loss_plan": got.last,
+            "skipped": got.skipped, "error": got.error,
+        }  # fmt: skip
+
+    def _tighten(self, plan: PrecisionPlan, judgement: Judgement) -> bool:
+        """Forbid what harmed most among what is still low. Returns whether there was anything."""
+        low = {u.name: plan[u.name].compute for u in self.graph.units if plan[u.name].compute not in ("fp32", "tf32")}
+        if not low:
+            return False
+
+        def harm(unit: str) -> float:
+            found = [
+                f.alone[unit].score for (fmt, _), f in self.findings.items() if fmt == low[unit] and unit in f.alone
+            ]
+            return max(found, default=0.0)
+
+        ranked = sorted(low, key=lambda u: -harm(u))
+        for unit in ranked[: max(1, len(ranked) // 4)]:
+            text = f"measured: the whole plan did not hold ({judgement.text}), and this does most harm of what was low"
+            self.measured.forbid(unit, low[unit], Reason(code="measured", text=text, site=None, numbers={}))
+        return True
+
+    def _confirmation(
+        self, passed: bool, judgement: Judgement, where: str, trial: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        score = judgement.score
+        return {
+            "passed": bool(passed),
+            "score": float(score) if np.isfinite(score) else None,
+            "worst": judgement.text,
+            "where": where,
+            "numbers": {k: float(v) for k, v in judgement.numbers.items() if np.isfinite(v)},
+            "batches": len(self.confirming),
+            "states": list(self.states),
+            "trial": trial,
+            "forward_passes": self.prober.passes,
+            "modules": len(self.graph.units),
+            "tolerance": {k: getattr(self.yardstick.tolerance, k) for k in Tolerance.__dataclass_fields__},
+        }
+
+
+def _low_formats(plan: PrecisionPlan) -> frozenset[str]:
+    used = {layer.compute for layer in plan.modules.values()} | {plan.default.compute}
+    return frozenset(f for f in used if get_format(f).bits == 16)
+
+
+def _loss_span(profile: Profile) -> float:
+    train = profile.train
+    losses = np.abs(np.asarray(train.loss, float)) if train is not None and "loss" in train else np.zeros(0)
+    losses = losses[np.isfinite(losses)]
+    return float(losses.max()) if len(losses) else 0.0
+
+
+def _usual_gradients(profile: Profile) -> dict[str, float]:
+    """Parameter -> root mean square over the recorded steps of the norm of its gradient."""
+    history = profile.history()
+    rows = history[history.role == Role.GRAD_WEIGHT.value]
+    if not len(rows):
+        return {}
+    modules, tensors = rows.module.astype(str), rows.tensor.astype(str)
+    names = (modules + "." + tensors).str.lstrip(".")
+    per_step = rows.sumsq.groupby([names, rows.step]).sum()
+    return {str(k): float(v) ** 0.5 for k, v in per_step.groupby(level=0).mean().items()}

@@ -1,0 +1,98 @@
+"""A short training from where the model stands, put back afterwards: the same batches in fp32 and with the plan."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..plans import PrecisionPlan
+from ..preservation import eager, preserved
+from ..recording.recorder import unwrap
+from ..tasks import Task
+from ..training.config import TrainConfig
+from ..training.devices import own_device, to_device
+from ..training.optim import clip, gradients, make_optimizer
+from ..training.precision import Precision, make_precision
+
+
+@dataclass(frozen=True)
+class Trial:
+    """losses: one per step. skipped: steps that the loss scaler refused. error: what was raised, "" if nothing."""
+
+    losses: tuple[float, ...]
+    skipped: int = 0
+    error: str = ""
+
+    @property
+    def finite(self) -> bool:
+        return not self.error and all(loss - loss == 0 for loss in self.losses)
+
+    @property
+    def last(self) -> float:
+        """Mean loss of the last quarter of the steps."""
+        tail = self.losses[-max(1, len(self.losses) // 4) :]
+        return sum(tail) / len(tail) if tail else float("nan")
+
+
+@contextmanager
+def state_kept(task: Task) -> Iterator[None]:
+    """Parameters, buffers, gradients, modes, generators and the state of an optimizer that the task holds are as
+    before afterwards. What else a user's code changes (an EMA copy outside the model) is its own."""
+    model = unwrap(task.model)
+    values = {p: p.detach().clone() for p in model.parameters()}
+    optimizer = task.optimizer if isinstance(task.optimizer, torch.optim.Optimizer) else None
+    state = copy.deepcopy(optimizer.state_dict()) if optimizer is not None else None
+    with preserved(model):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in values.items():
+                    parameter.data = value if parameter.dtype is not value.dtype else parameter.data.copy_(value)
+            if optimizer is not None and state is not None:
+                optimizer.load_state_dict(state)
+
+
+def run_trial(
+    task: Task,
+    batches: Sequence[Any],
+    *,
+    plan: PrecisionPlan | None = None,
+    initial_scale: float | None = None,
+    scaling: bool = True,
+) -> Trial:
+    """Train in place on `batches`, one step each, in fp32 or with `plan`. Call it inside `state_kept`.
+
+    initial_scale: of the loss, for a plan with fp16 that names none. scaling: False trains without a loss scale.
+    """
+    model = unwrap(task.model)
+    device = own_device(model)
+    mode: Precision = make_precision(None, plan=plan, model=model, device=device, initial_scale=initial_scale)
+    if not scaling:
+        mode.scaler = None
+    losses: list[float] = []
+    skipped = 0
+    model.train()
+    try:
+        with eager(), mode.applied(model):
+            optimizer = make_optimizer(task, TrainConfig(steps=max(1, len(batches))))
+            optimizer.zero_grad(set_to_none=True)
+            for batch in batches:
+                torch.clear_autocast_cache()  # kept as long as any autocast is around, stale after a step
+                with mode.forward_context():
+                    loss = task.checked_loss(to_device(batch, device))
+                mode.backward(loss)
+                mode.unscale(optimizer)
+                norm = clip(gradients(optimizer), None)
+                skipped += bool(mode.step(optimizer, torch.isfinite(norm)))
+                optimizer.zero_grad(set_to_none=True)
+                losses.append(float(loss.detach()))
+    except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError, AssertionError) as error:
+        lines = str(error).strip().splitlines()
+        return Trial(tuple(losses), skipped, f"{type(error).__name__}: {lines[0]:.160}" if lines else repr(error))
+    return Trial(tuple(losses), skipped)

@@ -1,0 +1,397 @@
+"""Advice that is tried on the model: what-if, search, judgement, trial, and ps.recommend(task=...) as a whole.
+
+The models here fail for reasons that ranges at module boundaries do not show, or look as if they would and do not.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import precscope as ps
+from precscope.confirmation.explanation import explain
+from precscope.confirmation.judgement import Judgement, Tolerance, Yardstick
+from precscope.confirmation.probe import Outcome, Prober
+from precscope.confirmation.search import find_high
+from precscope.confirmation.substitution import Substitution
+from precscope.confirmation.trial import run_trial, state_kept
+
+
+class MeanSquare(nn.Module):
+    """Squares what it gets: beyond 255 its square is beyond fp16."""
+
+    def forward(self, x):
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6)
+
+
+class Net(nn.Module):
+    def __init__(self, size=1.0):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(16, 32), MeanSquare(), nn.Linear(32, 4)
+        with torch.no_grad():
+            self.first.weight.mul_(size)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.norm(self.first(x))))
+
+
+def make_task(model=None, **more):
+    torch.manual_seed(0)
+    model = Net() if model is None else model
+    x = torch.randn(32, 16)
+    y = (x[:, :4] > 0).float()
+    batches = more.pop("batches", lambda step: (x + 0.01 * step, y))
+    return ps.Task(
+        model=model,
+        loss=lambda m, b: F.binary_cross_entropy_with_logits(m(b[0]).float(), b[1]),
+        batches=batches,
+        optimizer=lambda model: torch.optim.Adam(model.parameters(), lr=1e-2),
+        **more,
+    )
+
+
+def profiled(task, path, **settings):
+    settings = {"steps": 6, "precision": "fp32", "every": 1, "costs": False} | settings
+    return ps.profile(task, out=path, note=lambda text: None, **settings)
+
+
+def recommended(make, path, formats, **asked):
+    profile = profiled(make(), path)
+    return ps.recommend(profile, formats=formats, task=make(), costs="model", **asked)
+
+
+def bits_of(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def equal(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+# substitution: what-if
+
+
+@pytest.mark.parametrize("fmt", ["fp16", "bf16"])
+def test_all_low_is_plain_autocast(fmt):
+    task = make_task()
+    batch = task.batch(0)
+    prober = Prober(task, policy="autocast", inference=False, scale_exponent=None)
+    outcome, memory = prober.all_low(batch, fmt)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[fmt]
+    with torch.autocast("cpu", dtype=dtype):
+        loss = task.loss(task.model, batch)
+    # fp16 products may go through fp32 here: another order of summation
+    assert outcome.loss == pytest.approx(float(loss.detach()), rel=1e-4 if fmt == "fp16" else 0)
+    assert memory["in", "norm", 0] == [dtype]
+
+
+def test_none_low_is_plain_fp32():
+    task = make_task()
+    batch = task.batch(0)
+    with Substitution(task.model, "bf16", (), policy="autocast", memory={}):
+        loss = task.loss(task.model, batch)
+    assert torch.equal(loss, task.loss(task.model, batch))
+
+
+def test_all_low_under_cast_is_a_low_model():
+    task = make_task()
+    x, y = task.batch(0)
+    prober = Prober(task, policy="cast", inference=False, scale_exponent=None)
+    outcome, _ = prober.all_low((x, y), "bf16")
+    low = copy.deepcopy(task.model).bfloat16()
+    loss = F.binary_cross_entropy_with_logits(low(x.bfloat16()).float(), y)
+    assert outcome.loss == float(loss.detach())
+
+
+def test_one_module_alone_meets_what_it_met_in_the_low_run():
+    """Alone in fp16 the norm gets fp16 inputs, hence fails as it does in the low run; alone the others do not."""
+    task = make_task(Net(3e3))
+    batch = task.batch(0)
+    prober = Prober(task, policy="autocast", inference=False, scale_exponent=0)
+    reference = prober.reference(batch)
+    _, memory = prober.all_low(batch, "fp16")
+    judge = Yardstick(Tolerance()).judge
+    assert not judge(reference, prober.alone(batch, "fp16", ["norm"], memory)).passed
+    assert judge(reference, prober.alone(batch, "fp16", ["last"], memory)).passed
+    assert judge(reference, prober.alone(batch, "fp16", ["first"], memory)).passed
+
+
+def test_a_substitution_leaves_nothing_behind():
+    task = make_task()
+    before = bits_of(task.model)
+    with (
+        pytest.raises(RuntimeError, match="on purpose"),
+        Substitution(task.model, "bf16", ["norm"], policy="cast", memory={}),
+    ):
+        raise RuntimeError("on purpose")
+    assert not any("forward" in m.__dict__ for m in task.model.modules())
+    assert equal(before, bits_of(task.model))
+
+
+def test_a_probe_that_raises_says_so():
+    class Refuses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.fc(x).masked_fill(torch.ones(4, dtype=torch.bool), -1e9)
+
+    task = make_task(Refuses())
+    prober = Prober(task, policy="autocast", inference=False, scale_exponent=0)
+    outcome, _ = prober.all_low(task.batch(0), "fp16")
+    assert "cannot be converted" in outcome.error
+    assert not outcome.finite
+
+
+# judgement
+
+
+def outcome(loss, **gradients):
+    return Outcome(loss, {k: torch.tensor(v, dtype=torch.float32) for k, v in gradients.items()})
+
+
+def test_a_small_gradient_near_a_minimum_is_measured_against_its_usual_size():
+    exact, low = outcome(0.5, w=[1e-6, 0.0]), outcome(0.5, w=[0.0, 1e-6])
+    assert not Yardstick(Tolerance()).judge(exact, low).passed
+    assert Yardstick(Tolerance(), gradients={"w": 1e-3}).judge(exact, low).passed
+
+
+def test_the_loss_is_measured_against_itself_and_the_span_of_the_run():
+    exact, low = outcome(1e-5, w=[1.0]), outcome(1e-3, w=[1.0])
+    assert not Yardstick(Tolerance()).judge(exact, low).passed
+    assert Yardstick(Tolerance(), loss_span=2.0).judge(exact, low).passed
+
+
+def test_a_parameter_that_gets_no_gradient_counts_as_wholly_wrong():
+    judged = Yardstick(Tolerance()).judge(outcome(1.0, w=[1.0, 2.0]), outcome(1.0))
+    assert judged.numbers["gradient_error"] == pytest.approx(1.0)
+    assert not judged.passed
+
+
+def test_order_is_lost_where_values_collapse():
+    before = torch.linspace(0.991, 0.9999, 200)
+    exact = Outcome(1.0, {}, before)
+    after = before.bfloat16().float()
+    judged = Yardstick(Tolerance()).judge(exact, Outcome(1.0, {}, after))
+    pairs = [(a, b) for i, a in enumerate(after.tolist()) for b in after.tolist()[i + 1 :]]
+    assert judged.numbers["order_lost"] == pytest.approx(sum(a >= b for a, b in pairs) / len(pairs))
+    assert not judged.passed
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_fails_for_certain(bad):
+    exact = outcome(1.0, w=[1.0])
+    assert Yardstick(Tolerance()).judge(exact, outcome(bad, w=[1.0])).score == math.inf
+    assert Yardstick(Tolerance()).judge(exact, outcome(1.0, w=[bad])).score == math.inf
+    assert "not finite" in Yardstick(Tolerance()).judge(exact, outcome(1.0, w=[bad])).text
+
+
+# search
+
+
+class Oracle:
+    """The whole holds where every culprit is high; alone, culprits score `harm`."""
+
+    def __init__(self, culprits, harm=10.0):
+        self.culprits, self.harm, self.calls = frozenset(culprits), harm, 0
+
+    def holds(self, high):
+        self.calls += 1
+        return Judgement(0.1 if self.culprits <= high else self.harm, "", {})
+
+    def alone(self, units):
+        self.calls += 1
+        return Judgement(self.harm if self.culprits & frozenset(units) else 0.01, "", {})
+
+
+@pytest.mark.parametrize("count", [3, 10, 47, 200, 2000])
+@pytest.mark.parametrize("culprits", [[], [1], [0, 2]])
+def test_culprits_are_found_within_the_budget(count, culprits):
+    names = [f"layers.{i}" for i in range(count)]
+    oracle = Oracle(names[i] for i in culprits)
+    budget = 2 * count + 12
+    found = find_high(names, oracle.holds, oracle.alone, budget=budget)
+    assert found.high == oracle.culprits
+    assert oracle.calls <= budget
+    if not culprits:
+        assert oracle.calls == 1
+
+
+def test_many_modules_are_tried_in_groups():
+    names = [f"layers.{i}" for i in range(1000)]
+    oracle = Oracle(["layers.777"])
+    assert find_high(names, oracle.holds, oracle.alone, budget=2020).high == {"layers.777"}
+    assert oracle.calls < 100
+
+
+def test_a_container_is_let_go_before_the_module_in_it():
+    """What a child does shows in its parent: both score, the child alone suffices."""
+
+    class Nested(Oracle):
+        def alone(self, units):
+            self.calls += 1
+            return Judgement(10.0 if {"block", "block.act"} & frozenset(units) else 0.01, "", {})
+
+    oracle = Nested(["block.act"])
+    found = find_high(["", "block", "block.fc", "block.act"], oracle.holds, oracle.alone, budget=28)
+    assert found.high == {"block.act"}
+
+
+def test_harm_that_no_single_module_does_keeps_everything_high():
+    class Joint(Oracle):
+        def alone(self, units):
+            self.calls += 1
+            return Judgement(0.1, "", {})
+
+    names = [f"m{i}" for i in range(6)]
+    oracle = Joint(names)
+    found = find_high(names, oracle.holds, oracle.alone, budget=32)
+    assert found.high == frozenset(names)
+    assert found.after.passed
+
+
+# trial
+
+
+def test_a_trial_trains_and_is_undone():
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    task = make_task(model)
+    task.optimizer = optimizer
+    before, batches = bits_of(model), [task.batch(i) for i in range(8)]
+    generator = torch.get_rng_state()
+    with state_kept(task):
+        exact = run_trial(task, batches)
+    assert exact.losses[-1] < exact.losses[0]
+    assert equal(before, bits_of(model))
+    assert not optimizer.state
+    assert torch.equal(generator, torch.get_rng_state())
+    with state_kept(task):
+        low = run_trial(task, batches, plan=ps.PrecisionPlan.uniform("bf16"))
+    assert low.losses == pytest.approx(exact.losses, rel=0.02)
+    assert low.losses != exact.losses
+
+
+# the whole
+
+
+def test_a_square_inside_a_module_is_found_and_explained(tmp_path):
+    plan = recommended(lambda: make_task(Net(3e3)), tmp_path / "run", ("fp16", "fp32"))
+    assert plan.status == "confirmed"
+    assert {n for n in ("first", "norm", "last") if plan[n].compute == "fp32"} == {"norm"}
+    text = plan["norm"].reasons[0].text
+    assert "aten.mul" in text and "65504" in text
+    assert plan.confirmed["forward_passes"] <= 2 * plan.confirmed["modules"] + 20
+
+
+def test_large_values_that_do_no_harm_are_left_low(tmp_path):
+    """LayerNorm bears what the hand-written norm does not, and 2e4 is within two binades of fp16's end."""
+
+    def make():
+        task = make_task(Net(3e3))
+        task.model.norm = nn.LayerNorm(32)
+        return task
+
+    plan = recommended(make, tmp_path / "run", ("fp16", "fp32"))
+    assert plan.status == "confirmed"
+    assert {plan[n].compute for n in ("first", "norm", "last")} == {"fp16"}
+    assert "plain fp16 autocast is already right" in plan.made_from["says"]
+
+
+def test_without_a_task_the_plan_is_predicted(tmp_path):
+    profile = profiled(make_task(), tmp_path / "run")
+    plan = ps.recommend(profile, formats=("bf16", "fp32"), costs="model")
+    assert plan.status == "predicted"
+
+
+def test_confirming_leaves_everything_as_it_was(tmp_path):
+    profile = profiled(make_task(), tmp_path / "run")
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 4))
+    task = make_task(model)
+    profile = profiled(make_task(copy.deepcopy(model)), tmp_path / "run2")
+    task.optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before, generator = bits_of(model), torch.get_rng_state()
+    ps.recommend(profile, formats=("fp16", "bf16", "fp32"), task=task, costs="model")
+    assert equal(before, bits_of(model))
+    assert torch.equal(generator, torch.get_rng_state())
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
+    assert not task.optimizer.state
+    assert model.training and not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_positions_in_bf16_are_found_though_nothing_overflows(tmp_path):
+    class Positions(nn.Module):
+        def forward(self, t):
+            angle = t[:, None] * torch.tensor([1.0, 0.5, 0.25, 0.125], dtype=t.dtype)
+            return torch.cat([angle.sin(), angle.cos()], 1)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.positions, self.head = Positions(), nn.Sequential(nn.Linear(8, 512), nn.Linear(512, 256))
+
+        def forward(self, t):
+            return self.head(self.positions(t))
+
+    def make():
+        torch.manual_seed(0)
+        t = torch.linspace(700.3, 900.7, 64)
+        return ps.Task(model=Model(), loss=lambda m, b: m(b).square().mean(), batches=[t], forward=lambda m, b: m(b))
+
+    profile = profiled(make(), tmp_path / "run", train=False, steps=2)
+    plan = ps.recommend(profile, formats=("bf16", "fp32"), policy="cast", task=make(), costs="model")
+    assert plan["positions"].compute == "fp32"
+    assert plan["head.1"].compute == "bf16"
+    assert plan.status == "confirmed"
+    assert "an ulp of bf16" in plan["positions"].reasons[0].text
+
+
+def test_gradients_below_fp16_keep_modules_high_without_loss_scaling_only(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+        x, y = torch.randn(64, 16), torch.randn(64, 4)
+        return ps.Task(
+            model=model, loss=lambda m, b: 1e-8 * F.mse_loss(m(b[0]).float(), b[1]), batches=[(x, y)],
+            optimizer=lambda model: torch.optim.Adam(model.parameters(), lr=1e-2, eps=1e-16),
+        )  # fmt: skip
+
+    profile = profiled(make(), tmp_path / "run")
+    ask = {"formats": ("fp16", "fp32"), "costs": "model"}
+    scaled = ps.recommend(profile, task=make(), **ask)
+    assert {scaled["0"].compute, scaled["2"].compute} == {"fp16"}
+    unscaled = ps.recommend(profile, task=make(), loss_scaling=False, **ask)
+    assert unscaled["2"].compute == "fp32"
+    assert "loss scale" in unscaled["2"].reasons[0].text
+
+
+def test_a_task_that_fails_in_fp32_is_refused(tmp_path):
+    profile = profiled(make_task(), tmp_path / "run")
+    task = make_task()
+    with torch.no_grad():
+        task.model.first.weight[0, 0] = math.nan
+    with pytest.raises(ps.PrecscopeError, match="not finite in fp32"):
+        ps.recommend(profile, formats=("bf16", "fp32"), task=task, costs="model")
+
+
+def test_wrong_counts_are_refused(tmp_path):
+    profile = profiled(make_task(), tmp_path / "run")
+    with pytest.raises(ps.UsageError, match="batches must be 1 or more"):
+        ps.recommend(profile, task=make_task(), batches=0)
+
+
+# explanation
+
+
+def test_an_explanation_needs_a_difference():
+    assert explain([], [], "fp16") is None
