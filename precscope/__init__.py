@@ -25,6 +25,8 @@ _WHERE = {
     "Task": "tasks",
     "train": "training", "TrainConfig": "training", "TrainResult": "training",
     "profile": "profiling",
+    "trace": "tracing", "trace_step": "replaying",
+    "emulate": "emulation",
     "recommend": "confirmation",
     "compare": "comparison",
     "report": "reporting",

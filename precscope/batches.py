@@ -41,7 +41,7 @@ class _IterableReader:
         self.epoch, self.position = -1, -1  # epoch being read, global number of the batch last read
         self.last: Any = None
         self.iterator: Iterator[Any] = iter(())
-        self.states: _RandomStates | None = None
+        self.states: RandomStates | None = None
 
     def at(self, step: int) -> Any:
         if step < self.position or self.epoch < 0:
@@ -73,7 +73,7 @@ class _IterableReader:
         with preserved_rng():
             seed_everything(self.seed * 1_000_003 + epoch, cuda=False)
             self.iterator = iter(self.iterable)
-            self.states = _RandomStates.take()
+            self.states = RandomStates.take()
 
     def _advance(self) -> None:
         empty_epochs = 0
@@ -84,7 +84,7 @@ class _IterableReader:
                 try:
                     self.last = next(self.iterator)
                     self.position += 1
-                    self.states = _RandomStates.take()
+                    self.states = RandomStates.take()
                     return
                 except StopIteration:
                     pass
@@ -136,7 +136,7 @@ def check_source(source: Any, name: str) -> None:
 
 
 @dataclass(frozen=True)
-class _RandomStates:
+class RandomStates:
     """The states of the global generators of torch (CPU; CUDA where asked), numpy and random."""
 
     torch: Any
@@ -145,7 +145,7 @@ class _RandomStates:
     cuda: list[Any]
 
     @classmethod
-    def take(cls, *, cuda: bool = False) -> _RandomStates:
+    def take(cls, *, cuda: bool = False) -> RandomStates:
         import random
 
         import numpy as np
@@ -174,7 +174,7 @@ def preserved_rng(*, cuda: bool = False) -> Iterator[None]:
 
     cuda: also those of the CUDA devices, which costs a copy from each device.
     """
-    states = _RandomStates.take(cuda=cuda)
+    states = RandomStates.take(cuda=cuda)
     try:
         yield
     finally:

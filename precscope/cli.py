@@ -139,27 +139,44 @@ def ask(
 @app.command()
 def recommend(
     run: RunArgument,
+    task: Annotated[
+        str | None, typer.Option(help="try the plan on this task and tighten it until it holds; see train")
+    ] = None,
     formats: FormatsOption = "fp16,bf16,fp32",
     policy: Annotated[str, typer.Option(help="autocast (fp32 master weights) or cast (.half()-style)")] = "autocast",
+    costs: Annotated[str, typer.Option(help="auto (as measured on this device) or model (FLOPs and bytes)")] = "auto",
+    loss_scaling: Annotated[bool | None, typer.Option(help="whether fp16 gradients get a loss scale")] = None,
+    trial_steps: Annotated[int, typer.Option(help="training steps of the trial, fp32 beside the plan")] = 32,
+    horizon: Annotated[int | None, typer.Option(help="steps ahead that growing ranges must get through")] = None,
     out: Annotated[Path, typer.Option(help="plan file to write")] = Path("plan.json"),
     skip_damaged: SkipOption = False,
 ) -> None:
     """Recommend a precision per module, with reasons, and write the plan.
 
-    Example: precscope recommend runs/a --formats bf16,fp32 --out plan.json
+    With --task the model itself is run in the candidate formats and the plan is confirmed; else it is predicted.
+
+    Example: precscope recommend runs/a --task gpt --formats bf16,fp32 --out plan.json
     """
-    from .advice import recommend as run_it
+    from .advice import Limits
+    from .confirmation import recommend as run_it
     from .profiles import Profile
 
     loaded = Profile.load(run, skip_damaged=skip_damaged)
     _warn_damaged(loaded)
-    plan = run_it(loaded, formats=formats.split(","), policy=policy)
+    with _progress() as progress:
+        plan = run_it(
+            loaded, formats=formats.split(","), policy=policy, task=task, costs=costs, loss_scaling=loss_scaling,
+            trial_steps=trial_steps, limits=Limits(horizon=horizon), note=progress.note,
+        )  # fmt: skip
     plan.save(out)
     print(plan)
     print()
     _say(plan.made_from["says"])
-    task = loaded.run.get("task_ref") or "TASK"
-    _wrote(out, next=f"precscope train {task} --plan {out} --out runs/plan")
+    name = task or loaded.run.get("task_ref") or "TASK"
+    if plan.status != "confirmed" and task is None:
+        _wrote(out, next=f"precscope recommend {run} --task {name}")
+    else:
+        _wrote(out, next=f"precscope train {name} --plan {out} --out runs/plan")
 
 
 @app.command()
@@ -229,6 +246,40 @@ def compare(
 
 
 @app.command()
+def trace(
+    task: TaskArgument,
+    precision: Annotated[str | None, typer.Option(help="fp16 (default), bf16, fp32 or tf32, where no plan is")] = None,
+    plan: Annotated[Path | None, typer.Option(help="plan.json to run the step with")] = None,
+    step: Annotated[int, typer.Option(help="whose batch, from 0")] = 0,
+    scale: Annotated[float | None, typer.Option(help="loss scale; default: the precision's initial one")] = None,
+    run: Annotated[Path | None, typer.Option(help="training run whose newest checkpoint gives the weights")] = None,
+    save: Annotated[Path | None, typer.Option(help="file to keep the step in, for --replay")] = None,
+    replay: Annotated[Path | None, typer.Option(help="run a saved step twice instead: reproducible or not?")] = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Run one training step and name the first op that makes inf or NaN: module, line, ranges, likely cause.
+
+    Example: precscope trace my_task.py:make --precision fp16 --save step.pt
+    """
+    from .replaying import replay as again
+    from .replaying import trace_step
+
+    if replay is not None:
+        print(again(replay, task))
+        _next(f"precscope profile {task} --precision fp16")
+        return
+    result = trace_step(task, precision=precision, plan=plan, step=step, scale=scale, seed=seed, run=run, save=save)
+    print(result)
+    for text in result.notes:
+        _say(text)
+    smaller = f"precscope trace {task} --precision {result.precision} --scale {result.scale / 16:g}"
+    if save is not None:
+        _wrote(save, next=f"precscope trace {task} --replay {save}")
+    else:
+        _next(smaller if result.by_scale and plan is None else f"precscope profile {task} --precision fp16")
+
+
+@app.command()
 def report(
     run: RunArgument,
     plan: Annotated[Path | None, typer.Option(help="plan.json to explain")] = None,
@@ -259,6 +310,47 @@ def report(
         return
     written = write(loaded, plan=plan, runs=runs or (), out=out, title=title)
     _wrote(written, next=f"open {written}")
+
+
+bench_app = typer.Typer(help="Measure precscope on this machine.", rich_markup_mode=None)
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.callback(invoke_without_command=True)
+def bench(context: typer.Context) -> None:
+    """List the benchmarks, or run one.
+
+    Example: precscope bench zoo --format bf16
+    """
+    if context.invoked_subcommand is None:
+        from .bench import BENCHMARKS
+
+        for name, what in BENCHMARKS.items():
+            _say(f"{name}: {what}")
+        _next(f"precscope bench {next(iter(BENCHMARKS))}")
+
+
+@bench_app.command()
+def zoo(
+    folder: Annotated[Path | None, typer.Argument(help="folder of case files; default: those of precscope")] = None,
+    format: Annotated[str, typer.Option(help="fp16, bf16, or both separated by a comma")] = "fp16,bf16",
+    case: Annotated[list[str] | None, typer.Option(help="only this case (may be repeated)")] = None,
+    seed: SeedOption = 0,
+    json: Annotated[Path | None, typer.Option(help="also write everything to this JSON file")] = None,
+) -> None:
+    """Score the advice on models that are known to fail in fp16 or bf16, and on healthy ones that look like them.
+
+    Example: precscope bench zoo --case dice_overlap --json zoo.json
+    """
+    from .bench.zoo import score_zoo
+
+    with _progress() as progress:
+        result = score_zoo(folder, formats=format, cases=case or (), seed=seed, note=progress.note)
+    print(result)
+    if json is not None:
+        _wrote(result.save(json))
+    if not result.summary.good:
+        raise typer.Exit(1)
 
 
 def main() -> None:

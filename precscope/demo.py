@@ -53,7 +53,7 @@ def run(
     """Run the demo. out: parent of the run directories. steps: per run; None: as many as fit. size: of the GPT."""
     import torch
 
-    from .advice import recommend
+    from .confirmation import recommend
     from .profiles import Profile
     from .profiling import measure_costs, train_recorded
     from .reporting import report as write_report
@@ -88,7 +88,7 @@ def run(
             train(one, out=out / precision, precision=precision, progress=bar, **common)
         del one
     profile = Profile.load(out / recorded)
-    plan = recommend(profile)
+    plan = recommend(profile, task=task(), note=progress.note)
     plan_path = out / "plan.json"
     plan.save(plan_path)
     train(task(), out=out / "plan", plan=plan, progress=progress.run("plan"), **common)

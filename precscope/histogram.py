@@ -148,6 +148,8 @@ def answer(
     flushed, subnormal = bins @ table.flushed + ties, bins @ table.subnormal - ties
     signal, noise = _signal_and_noise(bins, sumsq, lo, hi, fmt, table)
 
+    with np.errstate(invalid="ignore"):  # inf weights: a gradient that was not finite
+        variance = np.full(len(counts), np.nan) if weights is None else weights @ table.error
     # All magnitudes equal (a norm's initial weight, a mask): nothing is left to estimate.
     alone = np.flatnonzero((amax == amin) & (finite > 0))
     if len(alone):
@@ -157,6 +159,8 @@ def answer(
         subnormal[alone] = ~lost * in_range * (np.frexp(amax[alone])[1] - 1 + scale_exponent < fmt.emin)
         signal[alone] = in_range * amax[alone] ** 2
         noise[alone] = in_range * squared
+        if weights is not None:
+            variance[alone] = np.where(in_range > 0, weights[alone].sum(axis=1) * squared, 0.0)
 
     with np.errstate(divide="ignore", invalid="ignore"):
         sqnr = 10 * np.log10(signal / noise)
@@ -168,7 +172,7 @@ def answer(
         "flushed": flushed / whole,
         "subnormal": subnormal / whole,
         "sqnr_db": sqnr,
-        "loss_noise": np.full(len(counts), np.nan) if weights is None else np.sqrt(weights @ table.error),
+        "loss_noise": np.sqrt(variance),
     }
 
 

@@ -8,7 +8,7 @@ torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from .errors import RunDirectoryError, UsageError, nearest
 from .formats import FloatFormat, get_format
 from .sites import Role, Site
 from .stats import StatsTable
-from .store import expand, read_part
+from .store import CHANGES, expand, read_part
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,6 +35,11 @@ class Profile:
     path: the run directory. run: content of run.json. sites: one Site per row of `table`. table: statistics summed over
     steps. ratios: site index -> (histogram of floor(log2|dw|) - floor(log2|w|) int64[BINS], unchanged, from zero).
     graph: content of graph.json ({} where absent). damaged: parts that were skipped.
+    shadow: a Profile of the shadow steps alone (fp32, uncensored; its table has `weights`, see `loss_noise` in `ask`),
+    None where there were none. truth: what those steps said of the run's own precision, a row per (step, parameter):
+    step, parameter, module, cosine and rel_error of its gradient against the fp32 one, grad_norm_fp32, loss_low,
+    loss_fp32; None where there were none. rounded: of a shadow profile: format -> mean over its steps of the squared
+    change of the loss when the tensor is really rounded, float64[sites], NaN but for parameters.
     """
 
     path: Path
@@ -44,6 +49,9 @@ class Profile:
     ratios: dict[int, tuple[np.ndarray, int, int]]
     graph: dict[str, Any] = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)
+    shadow: Profile | None = field(default=None, repr=False)
+    truth: pd.DataFrame | None = field(default=None, repr=False)
+    rounded: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
     _history: pd.DataFrame | None = field(default=None, repr=False)
 
     @classmethod
@@ -61,23 +69,24 @@ class Profile:
                 f"no run directory at {path}" + (f" (did you mean {hint}?)" if hint else "") + ": record one with "
                 "precscope profile TASK --out DIR"
             )
-        reader = _Reader()
-        damaged = []
-        for part in sorted(path.glob("stats-*.parquet")) + sorted(path.glob("rank-*/stats-*.parquet")):
-            try:
-                reader.add(read_part(part))
-            except RunDirectoryError:
-                if not skip_damaged:
-                    raise
-                damaged.append(str(part))
+        damaged: list[str] = []
+        reader, shadow, truth = _Reader(), _Reader(), []
+        for _, table in _parts(path, "stats", skip_damaged, damaged):
+            reader.add(table)
+        for part, table in _parts(path, "shadow", skip_damaged, damaged):
+            shadow.add(table, rank="" if part.parent == path else part.parent.name)
+        for _, table in _parts(path, "truth", skip_damaged, damaged):
+            truth.append(table)
         run = _read_json(path / "run.json")
         if not run and not reader.sites:
             raise RunDirectoryError(
                 f"{path} holds no recorded run: record one with precscope profile TASK --out {path}"
             )
         table, ratios = reader.merged()
-        return cls(path, run, list(reader.sites), table, ratios, _read_json(path / "graph.json"), damaged,
-                   reader.history())  # fmt: skip
+        graph = _read_json(path / "graph.json")
+        priced = shadow.shadow_profile(path, run, graph)
+        return cls(path, run, list(reader.sites), table, ratios, graph, damaged, priced, _truth(truth),
+                   _history=reader.history())  # fmt: skip
 
     @property
     def modules(self) -> list[str]:
@@ -113,7 +122,7 @@ class Profile:
         if by not in ("site", "module"):
             raise UsageError(f"by must be 'site', 'tensor' or 'module', not {by!r}")
         keys: dict[Site, int] = {}
-        index = [keys.setdefault(Site(s.module, s.role, s.call if by == "site" else 0), len(keys)) for s in self.sites]
+        index = [keys.setdefault(_merged_site(s, by), len(keys)) for s in self.sites]
         return list(keys), self.table.group(np.asarray(index, np.int64), len(keys))
 
     def ask(
@@ -130,7 +139,9 @@ class Profile:
         NaN where all elements are zero), zeros, nonfinite (shares of count, as recorded), overflow_lo, overflow_hi
         (the share that rounds beyond the largest finite value lies between them), flushed, subnormal (shares of
         count), sqnr_db (dB, over elements that do not overflow; inf where rounding is exact), loss_noise (standard
-        deviation of the loss change; NaN where not priced).
+        deviation of the change of one step's loss if this site's fp32 values alone were rounded: from the mean over the
+        shadow steps of its gradient-weighted histograms, so neither the number of steps nor what the run's own
+        precision did to the values enters; NaN where no shadow step saw a gradient there).
 
         Raises FormatError for an unknown format, UsageError for unknown roles.
         """
@@ -157,7 +168,30 @@ class Profile:
             "zeros": table.zeros / count,
             "nonfinite": (table.pos_inf + table.neg_inf + table.nan) / count,
         }
-        return pd.DataFrame(columns | table.ask(fmt, scale_exponent=scale_exponent))
+        answers = table.ask(fmt, scale_exponent=scale_exponent)
+        priced = self if self.shadow is None else self.shadow
+        if priced.table.weights is not None:
+            answers["loss_noise"] = priced._loss_noise(sites, fmt, scale_exponent, by)
+        return pd.DataFrame(columns | answers)
+
+    def _loss_noise(self, sites: list[Site], fmt: FloatFormat, scale_exponent: int, by: str) -> np.ndarray:
+        """What this profile's weights say of `sites`: float64 [sites], NaN for those that it does not price.
+
+        Variances of the tensors of a site add up. For a parameter, what really rounding it did in each of the n shadow
+        steps is known too; its errors need not be independent (a norm's weights that lie around 1 all move the same
+        way). The variance is the mean of n + 1 estimates: these n squared changes and the one of independent errors.
+        """
+        variance = self.table.ask(fmt, scale_exponent=scale_exponent)["loss_noise"] ** 2
+        real = self.rounded.get(fmt.name) if scale_exponent == 0 else None
+        if real is not None:
+            steps = len(self.steps)
+            variance = np.where(np.isnan(real), variance, (steps * real + variance) / (steps + 1))
+        total: dict[Site, float] = {}
+        for site, value in zip(self.sites, variance.tolist(), strict=True):
+            key = _merged_site(site, by)
+            if value == value:
+                total[key] = total.get(key, 0.0) + value
+        return np.sqrt([total.get(site, np.nan) for site in sites])
 
     def history(self) -> pd.DataFrame:
         """A row per (step, site): step, module, role, call, tensor, source, count, zeros, pos_inf, neg_inf, nan, amax,
@@ -185,6 +219,30 @@ def worst_first(table: pd.DataFrame, column: str = "overflow_hi") -> pd.DataFram
     return table.sort_values(keys, ascending=[ascending, *[False] * (len(keys) - 1)], kind="stable")
 
 
+def _parts(path: Path, kind: str, skip_damaged: bool, damaged: list[str]) -> Iterator[tuple[Path, pa.Table]]:
+    """The parts of one kind, those of further ranks after those of rank 0. Damaged ones are raised, or named."""
+    for part in sorted(path.glob(f"{kind}-*.parquet")) + sorted(path.glob(f"rank-*/{kind}-*.parquet")):
+        try:
+            table = read_part(part, kind=kind)
+        except RunDirectoryError:
+            if not skip_damaged:
+                raise
+            damaged.append(str(part))
+            continue
+        yield part, table
+
+
+def _merged_site(site: Site, by: str) -> Site:
+    """What a site is merged into: see `Profile.merged`."""
+    return site if by == "tensor" else Site(site.module, site.role, site.call if by == "site" else 0)
+
+
+def _truth(parts: list[pa.Table]) -> pd.DataFrame | None:
+    import pyarrow as pa
+
+    return pa.concat_tables(parts).to_pandas().sort_values("step", kind="stable", ignore_index=True) if parts else None
+
+
 class _Reader:
     """Sums parts into one row per site, and keeps the scalars of every step."""
 
@@ -195,8 +253,12 @@ class _Reader:
         self._keys: list[np.ndarray] = []
         self._ratios: dict[int, tuple[np.ndarray, int, int]] = {}
         self._scalars: list[pa.Table] = []
+        self._ranks: set[str] = set()
+        self._squares: dict[str, dict[int, float]] = {fmt: {} for fmt in CHANGES}
 
-    def add(self, part: pa.Table) -> None:
+    def add(self, part: pa.Table, *, rank: str = "") -> None:
+        """rank: whose part it is, for shadow parts: their weights are averaged."""
+        self._ranks.add(rank)
         column = {name: part.column(name).combine_chunks() for name in part.column_names}
         key = zip(*(column[n].to_pylist() for n in ("module", "role", "call", "tensor")), strict=True)
         index = [self.sites.setdefault(Site(m, Role(r), c, t), len(self.sites)) for m, r, c, t in key]
@@ -206,6 +268,7 @@ class _Reader:
             **{n: column[n].to_numpy(zero_copy_only=False) for n in _SCALARS if n not in ("count", "loss_scale")},
             source=column["source"].to_pylist(),
             source_exponent=1 - np.frexp(column["loss_scale"].to_numpy(zero_copy_only=False))[1].astype(np.int64),
+            weights=_weights(column) if "weights" in column else None,
         )
         unique, inverse = np.unique(keys, return_inverse=True)
         self._tables.append(table.group(inverse, len(unique)))
@@ -214,6 +277,11 @@ class _Reader:
         if self._rows > 4 * len(self.sites) + 4096:
             self._collapse()
         self._add_ratios(keys, column)
+        for fmt, squares in self._squares.items():
+            if f"change_{fmt}" in column:
+                for site, change in zip(index, column[f"change_{fmt}"].to_pylist(), strict=True):
+                    if change is not None:
+                        squares[site] = squares.get(site, 0.0) + change * change
         self._scalars.append(part.select(["step", "module", "role", "call", "tensor", "source", *_SCALARS]))
 
     def _add_ratios(self, keys: np.ndarray, column: dict[str, pa.Array]) -> None:
@@ -241,6 +309,28 @@ class _Reader:
         self._collapse()
         return self._tables[0], self._ratios
 
+    def shadow_profile(self, path: Path, run: dict[str, Any], graph: dict[str, Any]) -> Profile | None:
+        """The shadow parts as a Profile, with the weights of one step; None where there were none."""
+        if not self.sites:
+            return None
+        table, ratios = self.merged()
+        history = self.history()
+        if table.weights is not None:
+            table.weights /= history.step.nunique() * self._shares(list(self.sites))[:, None]
+        runs = history.step.nunique() * len(self._ranks)
+        rounded = {
+            fmt: np.asarray([squares.get(i, np.nan) / runs for i in range(len(self.sites))])
+            for fmt, squares in self._squares.items()
+        }
+        return Profile(path, {**run, "precision": "fp32"}, list(self.sites), table, ratios, graph, rounded=rounded,
+                       _history=history)  # fmt: skip
+
+    def _shares(self, sites: list[Site]) -> np.ndarray:
+        """By what to divide weights that were summed over R ranks whose mean loss is trained on: activations of each
+        rank enter that mean with a factor 1/R, squared 1/R^2; gradients of parameters are averaged already."""
+        ranks = len(self._ranks)
+        return np.asarray([ranks if s.role is Role.WEIGHT else ranks * ranks for s in sites], float)
+
     def history(self) -> pd.DataFrame:
         import pandas as pd
         import pyarrow as pa
@@ -249,6 +339,13 @@ class _Reader:
             return pd.DataFrame(columns=["step", "module", "role", "call", "tensor", "source", *_SCALARS])
         table = pa.concat_tables(self._scalars).unify_dictionaries()
         return table.to_pandas()
+
+
+def _weights(column: dict[str, pa.Array]) -> np.ndarray:
+    """float64 [rows, BINS], NaN where null."""
+    weights = expand(column["weights_lo"].to_numpy(zero_copy_only=False), column["weights"], np.float64)
+    weights[column["weights"].is_null().to_numpy(zero_copy_only=False)] = np.nan
+    return weights
 
 
 def _roles(roles: Iterable[str]) -> set[Role]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ def profile(
     train: bool = True,
     costs: bool = True,
     formats: Sequence[str] = ("fp32", "bf16", "fp16"),
+    shadow_every: int | str | None = "auto",
     note: Note | None = None,
     **settings: Any,
 ) -> Profile:
@@ -40,10 +41,13 @@ def profile(
     (autocast, with a GradScaler for fp16). train: False runs the model in evaluation mode without gradients instead,
     on `task.forward` (default model(*batch)): activations and weights alone are recorded, of settings only seed and
     progress apply, and buffers and random generators are put back. costs: also measure what each module costs in each
-    of `formats` on this device (cost.parquet). exist: what to do with a run that is already in `out`: "error" or
-    "overwrite". note: called with a line of text when a part begins, and where FLOPs or costs could not be had: the
-    profile is then without them (where note is None, that is a RuntimeWarning). settings: as in `ps.train` (lr, seed,
-    grad_clip, accumulate, progress, ...).
+    of `formats` on this device (cost.parquet). shadow_every: which steps are run once more in fp32 (shadow steps, see
+    Recorder.shadow): "auto" takes the first, the middle and the last recorded one, a number every so manieth step as
+    far as it is recorded, None none; nothing is trained differently for it, and with train=False the task's loss is
+    taken in evaluation mode. exist: what to do with a run that is
+    already in `out`: "error" or "overwrite". note: called with a line of text when a part begins, and where FLOPs or
+    costs could not be had: the profile is then without them (where note is None, that is a RuntimeWarning). settings:
+    as in `ps.train` (lr, seed, grad_clip, accumulate, progress, ...).
 
     Raises UsageError, TaskError, RunDirectoryError, TrainingError; what was flushed before an error stays readable.
     """
@@ -53,32 +57,58 @@ def profile(
         _check_inference_settings(settings)
     if not isinstance(task, Task):
         task = make_task(task, seed=settings.get("seed", 0))
-    run = train_recorded if train else _infer_recorded
+    common: dict[str, Any] = {"steps": steps, "precision": precision, "every": every, "exist": exist, "note": note}
+    shadowed = shadow_steps(shadow_every, steps=steps, every=every)
     with _FirstBatch(task) as first:
-        run(task, out=out, steps=steps, precision=precision, every=every, exist=exist, note=note, **settings)
+        if train:
+            train_recorded(task, out=out, shadow_every=shadowed, **common, **settings)
+        else:
+            _infer_recorded(task, out=out, shadow_every=shadowed, **common, **settings)
     if costs:
         measure_costs(task, out, formats=formats, note=note, first=first)
     return Profile.load(out)
 
 
 def train_recorded(
-    task: Task, *, out: str | Path, every: int = 10, note: Note | None = None, **settings: Any
+    task: Task,
+    *,
+    out: str | Path,
+    every: int = 10,
+    shadow_every: Collection[int] | int | str | None = "auto",
+    note: Note | None = None,
+    **settings: Any,
 ) -> TrainResult:
-    """`ps.train` with a recorder that also counts FLOPs; settings as in `ps.train`."""
+    """`ps.train` with a recorder that also counts FLOPs; shadow_every as in `profile`, or a collection of steps;
+    settings as in `ps.train`."""
     from .recording import record
     from .training import train
+
+    shadowed = shadow_steps(shadow_every, steps=settings["steps"], every=every)
 
     @contextlib.contextmanager
     def recorder(trainer: Trainer) -> Iterator[Recorder]:
         with record(
             trainer.model, out, optimizer=trainer.optimizer, scaler=trainer.scaler, every=every, on_error="raise",
-            exist="append", info={"task": task.name},
+            exist="append", shadow_every=shadowed, info={"task": task.name},
         ) as watch:  # fmt: skip
             with _flops_at_the_end(watch, first.loss, note):
                 yield watch
 
     with _FirstBatch(task) as first:
         return train(task, out=out, recorder=recorder, **settings)
+
+
+def shadow_steps(wanted: Collection[int] | int | str | None, *, steps: int, every: int) -> Collection[int] | int | None:
+    """What a recorder of a run of `steps` steps takes as shadow_every: "auto" becomes the first, the middle and the
+    last recorded step. Raises UsageError for anything but "auto", a positive number, a collection or None."""
+    if wanted is None or (isinstance(wanted, Collection) and not isinstance(wanted, str)):
+        return wanted
+    if wanted == "auto":
+        last = (steps - 1) // every
+        return {0, last // 2 * every, last * every}
+    if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:
+        raise UsageError(f"shadow_every must be a number of steps of at least 1, 'auto' or None, not {wanted!r}")
+    return wanted
 
 
 def _check_inference_settings(settings: dict[str, Any]) -> None:
@@ -98,6 +128,7 @@ def _infer_recorded(
     precision: str,
     every: int,
     exist: str,
+    shadow_every: Collection[int] | int | None,
     note: Note | None,
     seed: int = 0,
     progress: Callable[[int, int, float], None] | None = None,
@@ -122,13 +153,26 @@ def _infer_recorded(
     with preserved(model), _FirstBatch(task) as first:
         model.eval()
         seed_everything(seed)
-        with record(model, out, every=every, on_error="raise", exist=exist, info=info) as watch, mode.applied(model):
+        options: dict[str, Any] = {"every": every, "shadow_every": shadow_every, "on_error": "raise", "exist": exist}
+        with record(model, out, info=info, **options) as watch, mode.applied(model):
             with _flops_at_the_end(watch, lambda: run(first.batch()), note):
                 for step in range(steps):
-                    run(task.batch(step))
+                    batch = task.batch(step)
+                    run(_copy_containers(batch))
+                    if watch.shadow_due:
+                        _shadow_of_inference(watch, task, to_device(batch, mode.device), note)
                     watch.step()
                     if progress is not None:
                         progress(step + 1, steps, float("nan"))
+
+
+def _shadow_of_inference(watch: Recorder, task: Task, batch: Any, note: Note | None) -> None:
+    """Prices by the task's loss, in evaluation mode. A task for inference alone may have none that works."""
+    try:
+        watch.shadow(lambda: task.checked_loss(batch))
+    except Exception as error:  # the user's loss, which inference does not need
+        watch.shadow_every = None
+        _say(note, f"no shadow steps: the loss could not be run ({_one_line(error)}); loss noise is not priced")
 
 
 @contextlib.contextmanager

@@ -64,7 +64,8 @@ class StatsTable:
     [S]. amax: float64 [S], largest finite magnitude, 0.0 if there is none. amin_nonzero: float64 [S], smallest finite
     non-zero magnitude, inf if there is none. sum, sumsq: float64 [S] over the finite values. source: object [S],
     name of the format the tensor had when it was seen, "mixed" if several, "none" if nothing was seen. weights:
-    float64 [S, BINS] or None, the gradient-weighted histogram: sum of (dL/dy)^2 over the elements y of a binade.
+    float64 [S, BINS] or None, the gradient-weighted histogram: sum of (dL/dy)^2 over the elements y of a binade; a row
+    of NaN where no gradient is known, which adds nothing when rows are merged.
     source_exponent: int64 [S], power of two by which the values were multiplied since they had their source format
     (a divided-out loss scale of 2^16 leaves -16); it places the source's subnormals.
     """
@@ -102,7 +103,7 @@ class StatsTable:
 
     @classmethod
     def concat(cls, tables: Iterable[StatsTable]) -> StatsTable:
-        """The rows of all tables, one after another. Rows without weights get zeros where others have some."""
+        """The rows of all tables, one after another. Rows without weights get NaN where others have some."""
         tables = list(tables)
         if not tables:
             return cls.empty(0)
@@ -110,7 +111,7 @@ class StatsTable:
         if all(w is None for w in columns["weights"]):
             del columns["weights"]
         else:
-            columns["weights"] = [np.zeros(t.counts.shape) if t.weights is None else t.weights for t in tables]
+            columns["weights"] = [np.full(t.counts.shape, np.nan) if t.weights is None else t.weights for t in tables]
         return cls(**{name: np.concatenate(parts) for name, parts in columns.items()})
 
     def __len__(self) -> int:
@@ -150,7 +151,8 @@ class StatsTable:
             rows = np.flatnonzero(ks == value)
             counts[rows] = shift_bins(self.counts[rows], int(value))
             if weights is not None:
-                weights[rows] = shift_bins(weights[rows], int(value))
+                unknown = np.isnan(weights[rows]).all(axis=1, keepdims=True)
+                weights[rows] = np.where(unknown, np.nan, shift_bins(weights[rows], int(value)))
         with np.errstate(over="ignore", under="ignore"):
             return replace(
                 self,
@@ -172,14 +174,16 @@ class StatsTable:
             raise UsageError(f"group: {len(self)} rows need as many keys in 0..{n - 1}, got an array of {keys.shape}")
         out = StatsTable.empty(n)
         if self.weights is not None:
-            out.weights = np.zeros((n, BINS))
+            out.weights = np.full((n, BINS), np.nan)
         if not len(keys):
             return out
         order = np.argsort(keys, kind="stable")
         present, starts = np.unique(keys[order], return_index=True)
         for name in ("counts", "zeros", "pos_inf", "neg_inf", "nan", "sum", "sumsq", "weights"):
             column = getattr(self, name)
-            if column is not None:
+            if name == "weights" and column is not None:
+                out.weights[present] = _sum_priced(column[order], starts)  # type: ignore[index]
+            elif column is not None:
                 getattr(out, name)[present] = np.add.reduceat(column[order], starts, axis=0)
         out.amax[present] = np.maximum.reduceat(self.amax[order], starts)
         out.amin_nonzero[present] = np.minimum.reduceat(self.amin_nonzero[order], starts)
@@ -316,6 +320,14 @@ class TensorStats:
             text += f"binades 2^{lo} to 2^{hi}"
         special = {"zeros": self.zeros, "+inf": self.pos_inf, "-inf": self.neg_inf, "nan": self.nan}
         return "; ".join([text, *(f"{number:,} {name}" for name, number in special.items() if number)])
+
+
+def _sum_priced(weights: NDArray[np.float64], starts: NDArray) -> NDArray[np.float64]:
+    """Sums of runs of rows of weights; rows of NaN count only where a run has no others."""
+    unknown = np.isnan(weights).all(axis=1)
+    sums = np.add.reduceat(np.where(unknown[:, None], 0.0, weights), starts, axis=0)
+    sums[np.logical_and.reduceat(unknown, starts)] = np.nan
+    return sums
 
 
 def _factorize(names: NDArray[np.object_]) -> tuple[list, NDArray[np.int64]]:

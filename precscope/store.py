@@ -2,6 +2,8 @@
 
     run.json                 what ran; written first, updated at the end ("status": running, done or failed)
     stats-000001.parquet     a row per (step, site): scalars, and the exponent histogram trimmed to its filled binades
+    shadow-000001.parquet    the same for one shadow step in fp32, with gradient-weighted histograms (`weights`)
+    truth-000001.parquet     the gradients of a shadow step against the run's own: a row per parameter
     graph.json               modules, parameters, FLOPs, producer -> consumer edges
     cost.parquet             measured times per module and format
     train.parquet            a row per training step
@@ -17,6 +19,7 @@ import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +34,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SCHEMA = 1
-_META = {b"precscope.schema": str(SCHEMA).encode(), b"precscope.kind": b"stats"}
+
+CHANGES = ("bf16", "fp16", "e4m3", "e5m2")
+"""Formats to which shadow steps really round parameters: columns change_bf16, ... of shadow parts."""
+TRUTH_COLUMNS = ("step", "parameter", "module", "cosine", "rel_error", "grad_norm_fp32", "loss_low", "loss_fp32")
 
 
 def prepare_directory(out: str | Path, *, exist: str = "error", ranks: int = 1) -> Path:
@@ -70,8 +76,8 @@ def rank_name(rank: int) -> str:
 
 def _remove_run(path: Path, ranks: int) -> None:
     patterns = (
-        "stats-*.parquet", "ops-*.parquet", "train.parquet", "cost.parquet", "graph.json", "plan.json",
-        "checkpoints/step-*.pt", "run.json",
+        "stats-*.parquet", "ops-*.parquet", "shadow-*.parquet", "truth-*.parquet", "train.parquet", "cost.parquet",
+        "graph.json", "plan.json", "checkpoints/step-*.pt", "run.json",
     )  # fmt: skip
     stale = [p for p in path.glob("rank-*") if p.name >= rank_name(ranks)]
     for directory in (path, *stale):
@@ -88,8 +94,11 @@ def drop_steps(directory: Path, first: int) -> None:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    for path in sorted(directory.glob("stats-*.parquet")):
-        table = read_part(path)
+    parts = [
+        (path, kind) for kind in ("stats", "shadow", "truth") for path in sorted(directory.glob(f"{kind}-*.parquet"))
+    ]
+    for path, kind in parts:
+        table = read_part(path, kind=kind)
         kept = table.filter(pc.less(table.column("step"), first))
         if not kept.num_rows:
             path.unlink()
@@ -152,8 +161,25 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
+def part_schema(kind: str) -> pa.Schema:
+    """Arrow schema of parts of one kind: "stats", "shadow" (the same and `weights`) or "truth"; the schema number is in
+    its metadata."""
+    import pyarrow as pa
+
+    metadata = {b"precscope.schema": str(SCHEMA).encode(), b"precscope.kind": kind.encode()}
+    if kind == "truth":
+        types = {"step": pa.int64(), "parameter": pa.string(), "module": pa.string()}
+        return pa.schema([(name, types.get(name, pa.float64())) for name in TRUTH_COLUMNS], metadata=metadata)
+    schema = stats_schema()
+    if kind == "shadow":
+        more = {"weights_lo": pa.int16(), "weights": pa.list_(pa.float64())}
+        for name, kind_of in (more | {f"change_{f}": pa.float64() for f in CHANGES}).items():
+            schema = schema.append(pa.field(name, kind_of))
+    return schema.with_metadata(metadata)
+
+
 def stats_schema() -> pa.Schema:
-    """Arrow schema of stats-*.parquet (schema number in its metadata)."""
+    """Columns of stats-*.parquet."""
     import pyarrow as pa
 
     integers = ("count", "zeros", "pos_inf", "neg_inf", "nan")
@@ -175,22 +201,22 @@ def stats_schema() -> pa.Schema:
             ("ratio", pa.list_(pa.int64())),
             ("ratio_unchanged", pa.int64()),
             ("ratio_from_zero", pa.int64()),
-        ],
-        metadata=_META,
+        ]
     )
 
 
 class StatsWriter:
-    """Writes stats-NNNNNN.parquet parts into a run directory.
+    """Writes stats-NNNNNN.parquet parts into a run directory, or those of kind "shadow".
 
-    A row's `ratio` columns hold, for role "update", the histogram of floor(log2|dw|) - floor(log2|w|).
+    A row's `ratio` columns hold, for role "update", the histogram of floor(log2|dw|) - floor(log2|w|). `weights`, in
+    shadow parts, is the gradient-weighted histogram, null where no gradient arrived.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, kind: str = "stats") -> None:
         import pyarrow.parquet  # noqa: F401  # takes half a second, better now than in the middle of a run
 
-        self.directory = directory
-        taken = [int(p.stem.split("-")[1]) for p in directory.glob("stats-*.parquet")]
+        self.directory, self.kind = directory, kind
+        taken = [int(p.stem.split("-")[1]) for p in directory.glob(f"{kind}-*.parquet")]
         self._next = max(taken, default=0) + 1
 
     def write(
@@ -200,11 +226,13 @@ class StatsWriter:
         table: StatsTable,
         loss_scale: np.ndarray,
         ratios: dict[int, tuple[np.ndarray, int, int]],
+        changes: Mapping[int, Sequence[float]] = {},
     ) -> Path | None:
         """Write one part of len(sites) rows; None where there is nothing to write.
 
         steps: int64[S]. table: the statistics, loss scale already divided out. loss_scale: float64[S], 1 where none.
-        ratios: row -> (histogram int64[BINS], elements that did not change, elements that left zero).
+        ratios: row -> (histogram int64[BINS], elements that did not change, elements that left zero). changes: row ->
+        first-order change of the loss when the tensor is rounded to each of CHANGES (kind "shadow").
         """
         if not sites:
             return None
@@ -238,16 +266,34 @@ class StatsWriter:
             "ratio_unchanged": [r[1] if r else None for r in ratio_rows],
             "ratio_from_zero": [r[2] if r else None for r in ratio_rows],
         }
-        schema = stats_schema()
+        if self.kind == "shadow":
+            columns["weights_lo"], columns["weights"] = _trim_weights(table.weights, len(sites))
+            for number, fmt in enumerate(CHANGES):
+                columns[f"change_{fmt}"] = [changes[i][number] if i in changes else None for i in range(len(sites))]
+        schema = part_schema(self.kind)
         arrays = [
             columns[f.name] if isinstance(columns[f.name], pa.Array) else _array(columns[f.name], f.type)
             for f in schema
         ]
-        path = self.directory / f"stats-{self._next:06d}.parquet"
+        path = self.directory / f"{self.kind}-{self._next:06d}.parquet"
         with replacing(path) as temporary:
             pq.write_table(pa.Table.from_arrays(arrays, schema=schema), temporary, compression="zstd")
         self._next += 1
         return path
+
+
+def write_truth(directory: Path, columns: dict[str, Any]) -> Path:
+    """Write truth-NNNNNN.parquet with the columns TRUTH_COLUMNS, lists of equal length."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    taken = [int(p.stem.split("-")[1]) for p in directory.glob("truth-*.parquet")]
+    path = directory / f"truth-{max(taken, default=0) + 1:06d}.parquet"
+    schema = part_schema("truth")
+    table = pa.Table.from_arrays([_array(columns[f.name], f.type) for f in schema], schema=schema)
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+    return path
 
 
 def _array(values: Any, kind: pa.DataType) -> pa.Array:
@@ -271,6 +317,25 @@ def _trim(counts: np.ndarray) -> tuple[np.ndarray, pa.Array]:
     return (first + EXP_LO).astype(np.int16), pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, pa.int64()))
 
 
+def _trim_weights(weights: np.ndarray | None, n: int) -> tuple[pa.Array, pa.Array]:
+    """Weights float64[n, BINS] as (first filled binade, Arrow list<float64>), both null in rows of NaN."""
+    import pyarrow as pa
+
+    weights = np.full((n, BINS), np.nan) if weights is None else weights
+    unknown = np.isnan(weights).all(1)
+    lo, filled = [], []
+    for row in np.where(unknown[:, None], 0.0, weights):
+        at = np.flatnonzero(row)
+        lo.append(int(at[0]) + EXP_LO if len(at) else EXP_LO)
+        filled.append(row[at[0] : at[-1] + 1] if len(at) else row[:0])
+    offsets = np.concatenate([[0], np.cumsum([len(f) for f in filled])]).astype(np.int32)
+    mask = pa.array(unknown)
+    lists = pa.ListArray.from_arrays(
+        pa.array(offsets), pa.array(np.concatenate(filled) if filled else [], pa.float64()), mask=mask
+    )
+    return pa.array(lo, pa.int16(), mask=unknown), lists
+
+
 def _trim_one(counts: np.ndarray) -> tuple[int, list[int]]:
     filled = np.flatnonzero(counts)
     if not len(filled):
@@ -278,9 +343,9 @@ def _trim_one(counts: np.ndarray) -> tuple[int, list[int]]:
     return int(filled[0]) + EXP_LO, counts[filled[0] : filled[-1] + 1].tolist()
 
 
-def expand(lo: np.ndarray, lists: pa.ListArray) -> np.ndarray:
-    """Inverse of the trimming: int64[S, BINS] from first binades int16[S] and Arrow lists. Null rows are empty."""
-    out = np.zeros((len(lists), BINS), np.int64)
+def expand(lo: np.ndarray, lists: pa.ListArray, dtype: type = np.int64) -> np.ndarray:
+    """Inverse of the trimming: `dtype` [S, BINS] from first binades int16[S] and Arrow lists. Null rows are empty."""
+    out = np.zeros((len(lists), BINS), dtype)
     offsets = lists.offsets.to_numpy()
     lengths = np.diff(offsets)
     values = lists.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
@@ -291,8 +356,9 @@ def expand(lo: np.ndarray, lists: pa.ListArray) -> np.ndarray:
     return out
 
 
-def read_part(path: Path) -> pa.Table:
-    """Read one stats part. Raises RunDirectoryError where it is truncated, foreign or of a newer schema."""
+def read_part(path: Path, *, kind: str = "stats") -> pa.Table:
+    """Read one part: kind "stats", "shadow" or "truth". Raises RunDirectoryError where it is truncated, foreign or of a
+    newer schema."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -303,12 +369,12 @@ def read_part(path: Path) -> pa.Table:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RunDirectoryError(f"{path} cannot be read ({first_line}): {advice}") from error
     metadata = table.schema.metadata or {}
-    if metadata.get(b"precscope.kind") != b"stats":
+    if metadata.get(b"precscope.kind") != kind.encode():
         raise RunDirectoryError(f"{path} was not written by precscope (no schema number in it): {advice}")
     number = int(metadata[b"precscope.schema"])
     if number > SCHEMA:
         raise RunDirectoryError(f"{path} has schema {number}, this precscope reads up to {SCHEMA}: upgrade precscope")
-    missing = set(stats_schema().names) - set(table.column_names)
+    missing = set(part_schema(kind).names) - set(table.column_names)
     if missing:
         raise RunDirectoryError(f"{path} lacks the columns {', '.join(sorted(missing))}: {advice}")
     return table

@@ -84,8 +84,11 @@ def test_the_whole_loop(precscope_cli, folder):
     out = ok(precscope_cli("ask", "a", "e4m3", "-k", 4, "--role", "output", "--csv", "e4m3.csv"))
     assert "wrote e4m3.csv" in out and (folder / "e4m3.csv").read_text().startswith("module,role,call,count")
     out = ok(precscope_cli("recommend", "a", "--formats", "bf16,fp32", "--out", "plan.json"))
-    assert "next: precscope train task.py:make --plan plan.json" in out
+    assert "(predicted)" in out and "next: precscope recommend a --task task.py:make" in out
     assert json.loads((folder / "plan.json").read_text())["schema"] == 1
+    out = ok(precscope_cli("recommend", "a", "--task", "task.py:make", "--formats", "bf16,fp32", "--costs", "model"))
+    assert "(confirmed)" in out and "next: precscope train task.py:make --plan plan.json" in out
+    assert json.loads((folder / "plan.json").read_text())["confirmed"]["passed"] is True
     ok(precscope_cli("train", "task.py:make", "--steps", 12, "--precision", "fp32", "--out", "fp32"))
     out = ok(precscope_cli("train", "task.py:make", "--steps", 12, "--plan", "plan.json", "--out", "plan"))
     assert "next: precscope train task.py:make --precision fp32" in out  # there is no runs/fp32 yet
@@ -94,6 +97,9 @@ def test_the_whole_loop(precscope_cli, folder):
     ok(precscope_cli("report", "a", "--plan", "plan.json", "--run", "fp32", "--run", "plan", "--out", "r/a.html"))
     assert (folder / "r" / "a.html").read_text().lstrip().lower().startswith("<!doctype html>")
     assert ok(precscope_cli("report", "a", "--plan", "plan.json", "--text"))
+    assert "confirmed on 2 batches" in " ".join(
+        ok(precscope_cli("report", "a", "--plan", "plan.json", "--text")).split()
+    )
     assert precscope_cli("report", "a", "--plan", "plan.json", "--markdown").stdout.startswith("#")
 
 

@@ -15,10 +15,11 @@ from torch import nn
 
 import precscope as ps
 from precscope.confirmation.explanation import explain
-from precscope.confirmation.judgement import Judgement, Tolerance, Yardstick
+from precscope.confirmation.judgement import Judgement, Yardstick
 from precscope.confirmation.probe import Outcome, Prober
 from precscope.confirmation.search import find_high
 from precscope.confirmation.substitution import Substitution
+from precscope.confirmation.tolerance import Tolerance
 from precscope.confirmation.trial import run_trial, state_kept
 
 

@@ -46,7 +46,9 @@ def test_ask_columns_and_values(profile):
     assert list(table.columns) == COLUMNS
     assert not table.duplicated(["module", "role", "call"]).any()
     assert ((table[["zeros", "overflow_lo", "overflow_hi", "flushed", "subnormal"]] >= 0).all()).all()
-    assert (table.overflow_lo <= table.overflow_hi).all() and table.loss_noise.isna().all()
+    assert (table.overflow_lo <= table.overflow_hi).all()
+    priced = set(table.role[table.loss_noise.notna()])
+    assert priced == {"input", "output", "weight"} and (table.loss_noise.dropna() > 0).all()  # by shadow steps
     assert profile.ask("e4m3", by="tensor")["count"].sum() == table["count"].sum()
     assert profile.ask("e4m3", by="module")["count"].sum() == table["count"].sum()
 
@@ -216,14 +218,14 @@ def test_a_profile_without_flops_and_costs_is_still_a_profile(tmp_path):
         return ps.Task(model=models.MLP(), loss=loss, batches=models.batch)
 
     notes = []
-    profile = ps.profile(make(), out=tmp_path / "run", steps=2, every=1, note=notes.append)
+    profile = ps.profile(make(), out=tmp_path / "run", steps=2, every=1, shadow_every=None, note=notes.append)
     assert profile.cost is None and profile.steps == [0, 1] and profile.run["status"] == "done"
     assert [n for n in notes if "RuntimeError: only twice" in n] == [
         "FLOPs could not be counted (RuntimeError: only twice): advice goes by measured costs alone",
         "costs could not be measured (RuntimeError: only twice): advice goes by a model of them",
     ]
     with pytest.warns(RuntimeWarning, match="FLOPs could not be counted"):
-        ps.profile(make(), out=tmp_path / "again", steps=2, every=1, costs=False)
+        ps.profile(make(), out=tmp_path / "again", steps=2, every=1, shadow_every=None, costs=False)
 
 
 def test_a_failed_run_keeps_its_flops_and_its_error(tmp_path):

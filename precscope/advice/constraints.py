@@ -7,7 +7,7 @@ module hides between its input and its output: a plan made from them alone says 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,10 +17,12 @@ from ..plans import Reason
 from ..profiles import Profile
 from ..sites import Role, Site
 from ..stats import StatsTable
+from .forecast import required_headroom
 from .loss_scale import judge_gradients, largest_scale
 from .measured import Measured
 from .units import ModelGraph, Unit, is_inside
 
+_NEAR = 2.0**10  # how far below the end of a format a tensor may be forecast to get there
 _MASK_FROM = 1e4  # additive masks use -1e4 (for fp16), -1e9 or the lowest finite value in place of -inf
 
 
@@ -28,15 +30,19 @@ _MASK_FROM = 1e4  # additive masks use -1e4 (for fp16), -1e9 or the lowest finit
 class Limits:
     """Tolerances of the range rules.
 
-    headroom: binades between the largest recorded magnitude and the format's end. flushed_energy: share of sum(g^2)
-    of a gradient that may round to zero; activations and weights answer to min_sqnr_db instead, the least
+    headroom: binades between the largest recorded magnitude and the format's end, for sites whose history carries no
+    forecast. horizon: steps ahead that the others must get through; None: as many as were recorded. noise: share of
+    the spread of the loss over minibatches that the loss noise of a whole plan may be. flushed_energy: share of
+    sum(g^2) of a gradient that may round to zero; activations and weights answer to min_sqnr_db instead, the least
     signal-to-quantisation-noise ratio, in which flushed values count as noise. swallowed: share of updates that
     low-precision storage may lose before fp32 parameters are advised. gradient_headroom: binades between the largest
     scaled gradient and the end of fp16. flushed_state: share of the non-zero values of an optimizer state that
     low-precision storage may flush to zero.
     """
 
-    headroom: int = 2
+    headroom: float = 2.0
+    horizon: int | None = None
+    noise: float = 0.3
     flushed_energy: float = 1e-3
     min_sqnr_db: float = 15.0
     swallowed: float = 0.1
@@ -75,7 +81,8 @@ def judge(
         fmt = get_format(name)
         if fmt.bits >= 32 or fmt.name == "tf32":
             continue
-        for unit, reason in _range_reasons(sites, table, fmt, limits):
+        needed = _forecast(profile, sites, table, fmt, limits)
+        for unit, reason in _range_reasons(sites, table, fmt, limits, needed):
             if not measured.keeps(reason, name):
                 continue
             where = verdicts.doubts if reason.code == "censored" else verdicts.forbidden
@@ -150,8 +157,20 @@ def _masks(sites: list[Site], table: StatsTable) -> np.ndarray:
     return activation & only_neg_inf & one_value & ((table.neg_inf > 0) | huge)
 
 
+def _forecast(
+    profile: Profile, sites: list[Site], table: StatsTable, fmt: FloatFormat, limits: Limits
+) -> dict[Site, float]:
+    """(module, role, call) -> binades that it needs above what was recorded, for sites that are near the end of `fmt`
+    and whose history tells; the others are not in it."""
+    if fmt.bits <= 8:
+        return {}
+    near = {s._replace(tensor="") for s, a in zip(sites, table.amax, strict=True) if a > 0 and fmt.max < a * _NEAR}
+    found = required_headroom(profile, limits.horizon, among=near) if near else {}
+    return {site: need for site, need in found.items() if need == need}
+
+
 def _range_reasons(
-    sites: list[Site], table: StatsTable, fmt: FloatFormat, limits: Limits
+    sites: list[Site], table: StatsTable, fmt: FloatFormat, limits: Limits, needed: Mapping[Site, float]
 ) -> Iterator[tuple[str, Reason]]:
     """(unit, reason) against `fmt`, or with code "censored" a doubt about it. An 8-bit tensor carries a scale of its
     own, chosen from its amax, so that only its spread can harm it."""
@@ -164,11 +183,16 @@ def _range_reasons(
     if fmt.bits <= 8:
         table = table.shift(np.asarray([largest_scale(a, fmt) if a > 0 else 0 for a in amax], np.int64))
     now = table.ask(fmt)
-    ahead = table.ask(fmt, scale_exponent=0 if fmt.bits <= 8 else limits.headroom)
+    with np.errstate(divide="ignore"):
+        spare = np.log2(fmt.overflow_from) - np.log2(table.amax)
     for i, site in enumerate(sites):
         if nonfinite[i] > 0 and not censored:
             yield site.module, _nonfinite(site, nonfinite[i])
-        elif ahead["overflow_hi"][i] > 0:
+        elif fmt.overflows(float(table.amax[i])):
+            yield site.module, _overflow(site, amax[i], fmt, limits)
+        elif (need := needed.get(site._replace(tensor=""))) is not None and need > spare[i]:
+            yield site.module, _growing(site, amax[i], fmt, need, limits.horizon)
+        elif need is None and fmt.bits > 8 and spare[i] < limits.headroom:
             yield site.module, _overflow(site, amax[i], fmt, limits)
         elif now["sqnr_db"][i] < limits.min_sqnr_db:
             yield site.module, _noise(site, amax[i], now["sqnr_db"][i], now["flushed"][i], fmt, limits)
@@ -212,8 +236,17 @@ def _overflow(site: Site, amax: float, fmt: FloatFormat, limits: Limits) -> Reas
     if spare < 0:
         text = f"{where}, {fmt} ends at {fmt.max:g}"
     else:
-        text = f"{where}, {spare:.1f} binades below the end of {fmt} ({fmt.max:g}); {limits.headroom} are asked for"
+        text = f"{where}, {spare:.1f} binades below the end of {fmt} ({fmt.max:g}); {limits.headroom:g} are asked for"
     return Reason(code="overflow", text=text, site=str(site), numbers=_numbers(site, amax, limit=fmt.max))
+
+
+def _growing(site: Site, amax: float, fmt: FloatFormat, need: float, horizon: int | None) -> Reason:
+    ahead = "as many further steps as were recorded" if horizon is None else f"{horizon} further steps"
+    text = (
+        f"{site.role.value} reaches {amax:.4g}, {np.log2(fmt.max / amax):.1f} binades below the end of {fmt} "
+        f"({fmt.max:g}); by its growth so far {ahead} need {need:.1f} (one chance in a hundred)"
+    )
+    return Reason(code="forecast", text=text, site=str(site), numbers=_numbers(site, amax, limit=fmt.max, needed=need))
 
 
 def _noise(site: Site, amax: float, sqnr_db: float, flushed: float, fmt: FloatFormat, limits: Limits) -> Reason:

@@ -1,7 +1,7 @@
 """What a run recorded about the tensors that a model keeps: updates, optimizer state, settings, per step. No torch.
 
-Rows of role "state" whose tensor ends in .swallowed_<format>, .stuck_<format> or .grad are the recorder's own (see
-recording/wholestep.py and updates.py); the others are state of optimizers.
+Rows of role "state" with call index 1, whose tensor ends in .swallowed_<format>, .stuck_<format> or .grad, are the
+recorder's own (see recording/wholestep.py and updates.py); those with call index 0 are state of optimizers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..plans import Reason
 from ..profiles import Profile
 from ..sites import Role, Site
 
-_SPECIAL = (".grad", ".swallowed_bf16", ".swallowed_fp16", ".stuck_bf16", ".stuck_fp16")
+_DERIVED = 1
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,21 @@ class Evidence:
 
     def states(self) -> Iterator[Site]:
         """Sites of what optimizers keep."""
-        return (s for s in self.profile.sites if s.role is Role.STATE and not s.tensor.endswith(_SPECIAL))
+        return (s for s in self.profile.sites if s.role is Role.STATE and s.call != _DERIVED)
 
     def summed(self) -> Iterator[Site]:
         """Parameters whose gradient was looked at under way to its sum, as sites of role weight."""
         ending = ".grad"
         for s in self.profile.sites:
-            if s.role is Role.STATE and s.tensor.endswith(ending):
+            if s.role is Role.STATE and s.call == _DERIVED and s.tensor.endswith(ending):
                 yield Site(s.module, Role.WEIGHT, 0, s.tensor.removesuffix(ending))
 
     @cached_property
     def knows_swallowed(self) -> bool:
         """Whether the run was recorded with the rows of wholestep.py."""
-        return "optimizers" in self.profile.run or any(s.tensor.endswith(_SPECIAL[1:]) for s in self.profile.sites)
+        return "optimizers" in self.profile.run or any(
+            s.role is Role.STATE and s.call == _DERIVED for s in self.profile.sites
+        )
 
     @cached_property
     def _by_site(self) -> dict[Site, Any]:
@@ -88,7 +90,7 @@ class Evidence:
 
     def swallowed_energy(self, site: Site, fmt: FloatFormat) -> float:
         """Share of the sum of squares of all recorded updates of a trained tensor that storage in `fmt` swallows."""
-        lost = self.row(site, Role.STATE, f"{site.tensor}.swallowed_{fmt}")
+        lost = self.index.get(_derived(site, f"swallowed_{fmt}"))
         if lost is None:
             return 0.0
         table, update = self.profile.table, self.index[site]
@@ -100,7 +102,7 @@ class Evidence:
     def stuck(self, site: Site, fmt: FloatFormat, *, ahead: int) -> Stuck:
         """How far storage in `fmt` would have left an untrained tensor behind, at its last recorded step, and `ahead`
         steps later."""
-        rows = self.history(Site(site.module, Role.STATE, 0, f"{site.tensor}.stuck_{fmt}"))
+        rows = self.history(_derived(site, f"stuck_{fmt}"))
         updates = self.history(site)
         if not len(rows) or rows.step.iloc[-1] < updates.step.iloc[-1]:
             return Stuck(0.0, 0.0)
@@ -155,7 +157,7 @@ class Evidence:
         """The size of the summed gradient over that of one contribution: `additions` where all point one way, its root
         where they are independent. Extrapolated from the sum after the last power of two of them, 64 or more; NaN
         where the run has no such sum."""
-        sums = self.history(Site(site.module, Role.STATE, 0, f"{site.tensor}.grad"))
+        sums = self.history(_derived(site, "grad"))
         single = self.history(site._replace(role=Role.GRAD_WEIGHT))
         if not len(sums) or not len(single):
             return float("nan")
@@ -167,6 +169,10 @@ class Evidence:
         one = float(single.sumsq.iloc[-1]) / additions
         reached = math.sqrt(float(last.sumsq) / scale**2 / one)
         return min(reached * additions / seen, float(additions))
+
+
+def _derived(site: Site, what: str) -> Site:
+    return Site(site.module, Role.STATE, _DERIVED, f"{site.tensor}.{what}")
 
 
 def flushed_energy(counts: np.ndarray, sumsq: float, fmt: FloatFormat) -> float:

@@ -1,7 +1,8 @@
 """The loss scales that keep fp16 gradients inside fp16, and the sites that bind them.
 
 A gradient site tolerates scales 2^k with lo <= k <= hi: above hi its largest magnitude, with `headroom` binades to
-spare, overflows; below lo more than `tolerance` of its energy sum(g^2) is flushed to zero. One scale serves all sites,
+spare, overflows; below lo more than `tolerance` of its energy sum(g^2) is flushed to zero (estimated from the binades,
+values spread evenly over each, and a tenth added: what the spread can be wrong by). One scale serves all sites,
 so the interval of the model is [max lo, min hi]; where it is empty, no single scale works for these sites together.
 
 Which gradients are computed in fp16: under policy "autocast" those of a matrix product (its output, its input and its
@@ -25,6 +26,7 @@ from ..stats import StatsTable
 from .units import Unit
 
 _NEVER = 10_000
+_MARGIN = 1.1  # on flushed energy: a binade's mean square is 7/3 4^e where even, 2.16 to 2.5 where not
 
 
 @dataclass(frozen=True)
@@ -50,22 +52,42 @@ class ScaleInterval:
         return (self.lo + self.hi) // 2 if self.empty else max(self.lo, min(self.hi, 16))
 
 
+def in_words(scale: ScaleInterval, *, tolerance: float = 1e-3) -> str:
+    """What an interval comes to, in a sentence or two: the range with what binds it, or that no scale works and why."""
+    if scale.lo_site is None or scale.hi_site is None:
+        return "No gradient is computed in fp16: no loss scale is needed."
+    low = f"{scale.lo_site} needs at least 2^{scale.lo} to keep {1 - tolerance:.1%} of its energy"
+    high = f"{scale.hi_site} overflows beyond 2^{scale.hi}"
+    if scale.empty:
+        return (
+            f"No single loss scale works for these gradients in fp16: {low}, and {high}. Keep one of the two in fp32 "
+            "or bf16, or clip or rescale what makes the large one; until then start at "
+            f"2^{scale.recommended} and let the scale adapt."
+        )
+    return (
+        f"Loss scales from 2^{scale.lo} to 2^{scale.hi} suit all gradients in fp16: {low}, and {high}. Start at "
+        f"2^{scale.recommended} and do not let it fall below 2^{scale.lo}."
+    )
+
+
 def site_bounds(
     table: StatsTable, fmt: str | FloatFormat = "fp16", *, headroom: int = 1, tolerance: float = 1e-3
 ) -> tuple[np.ndarray, np.ndarray]:
     """(lo, hi) int64[S]: the scale exponents that each row of gradient statistics tolerates on its own.
 
-    Rows that are all zero tolerate everything: lo = -10000, hi = 10000.
+    headroom: binades to spare at both ends: above, for larger gradients to come; below, for what is flushed between
+    the tensors that were recorded. Rows that are all zero tolerate everything: lo = -10000, hi = 10000.
     """
     fmt = get_format(fmt)
     lo = np.full(len(table.zeros), -_NEVER, np.int64)
     hi = np.full(len(table.zeros), _NEVER, np.int64)
     exponents = EXP_LO + np.arange(BINS)
-    at_most = np.cumsum(table.counts * np.exp2(2.0 * (exponents + 1)), axis=1)  # energy up to and with each binade
+    energy = table.counts * (7 / 3 * np.exp2(2.0 * exponents))
+    flushed = _MARGIN * np.cumsum(energy, axis=1)  # up to and with each binade
     for row in np.flatnonzero(table.counts.any(1)):
         hi[row] = largest_scale(float(table.amax[row]), fmt) - headroom
-        kept_from = int(np.argmax(at_most[row] > tolerance * table.sumsq[row]))  # first binade that must survive
-        lo[row] = fmt.emin - fmt.precision - 1 - int(exponents[kept_from])
+        kept_from = int(np.argmax(flushed[row] > tolerance * table.sumsq[row]))  # first binade that must survive
+        lo[row] = fmt.emin - fmt.precision - 1 - int(exponents[kept_from]) + headroom
     return lo, hi
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..formats import get_format
 from ..plans import Reason
 from .constraints import Verdicts
 from .cost import CostTable
+from .noise import Noise
 from .units import ModelGraph
 
 _HOW = {
@@ -29,6 +30,7 @@ class Choice:
     verdicts: Verdicts
     costs: CostTable
     graph: ModelGraph
+    noise: Noise = field(default_factory=Noise)
 
     def allowed(self, unit: str) -> list[str]:
         """Formats that ranges allow."""
@@ -76,6 +78,11 @@ def _why_not_fastest(unit: str, compute: str, times: dict[str, float], choice: C
     main, threshold = choice.main, choice.threshold_ms.get(unit, 0.0)
     if get_format(main).bits > 16 and len(choice.formats) > 1:
         return f"{main} throughout: no mix of formats gains 2% over it in all; {fastest} would save {gain:.2g} ms here"
+    if choice.noise.known and choice.noise.of(unit, fastest) > 0.02 * choice.noise.budget and gain > threshold:
+        return (
+            f"{fastest} here would add loss noise of {choice.noise.of(unit, fastest) ** 0.5:.2g} (standard deviation), "
+            f"the whole plan may have {choice.noise.budget**0.5:.2g}; it would save {gain:.2g} ms"
+        )
     if partners:
         return f"one format with {', '.join(partners[:3])}, whose weights are tied to it"
     if get_format(fastest).bits == 16 and fastest != main and main in times:

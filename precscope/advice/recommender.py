@@ -17,6 +17,7 @@ from .constraints import Limits, Verdicts, judge
 from .cost import LEAST_GAIN_MS, CostTable
 from .loss_scale import common_interval
 from .measured import Measured
+from .noise import Noise
 from .reasons import Choice, reasons_for
 from .solve import Problem, Solution, solve
 from .storage import optimizer_advice, storage_reasons, stored_modules
@@ -54,8 +55,12 @@ def recommend(
     if costs not in ("auto", "model"):
         raise UsageError(f"costs must be 'auto' or 'model', not {costs!r}")
     table = CostTable.of(profile.cost if costs == "auto" else None, graph, names)
-    solution, main = _solve(graph, names, verdicts, table)
-    choice = Choice(names, main, _thresholds(graph, main, verdicts, table), verdicts, table, graph)
+    noise = Noise.of_run(profile, graph, names, share=limits.noise)
+    tried = measured.formats if measured is not None else frozenset()
+    # what was tried on the model overrules what its noise was predicted to do
+    priced = Noise({k: v for k, v in noise.variance.items() if k[1] not in tried}, noise.budget, noise.spread)
+    solution, main = _solve(graph, names, verdicts, table, priced)
+    choice = Choice(names, main, _thresholds(graph, main, verdicts, table), verdicts, table, graph, priced)
     storage, optimizer = _storage(profile, graph, solution, main, limits) if policy == "cast" else ({}, {})
     modules = {u.name: _layer(u, solution, choice, policy, storage.get(u.name, [])) for u in graph.units}
     modules |= {
@@ -68,7 +73,7 @@ def recommend(
         modules=modules,
         loss_scale=_loss_scale(profile, graph, solution, limits, policy),
         optimizer=optimizer,
-        made_from=_made_from(profile, names, policy, limits, graph, solution, table),
+        made_from=_made_from(profile, names, policy, limits, graph, solution, table, noise),
     )
 
 
@@ -95,25 +100,31 @@ def _check(formats: Sequence[str], policy: str) -> tuple[str, ...]:
     return names
 
 
-def _solve(graph: ModelGraph, formats: tuple[str, ...], verdicts: Verdicts, costs: CostTable) -> tuple[Solution, str]:
+def _solve(
+    graph: ModelGraph, formats: tuple[str, ...], verdicts: Verdicts, costs: CostTable, noise: Noise
+) -> tuple[Solution, str]:
     """The cheapest assignment and its main format: one program for each 16-bit format as the main one, and fp32
     throughout as the measure.
 
     Two 16-bit formats side by side cost casts, a loss scale and a reader's patience for gains that are mostly noise of
     the measurement: the other one is admitted only where the main one is forbidden. Low precision must gain more than
-    two in a hundred over plain fp32, and more than `least_gain_ms`.
+    two in a hundred over plain fp32, and more than `least_gain_ms`; where costs come from a model, which has no noise,
+    anything.
     """
     mains = [f for f in formats if get_format(f).bits == 16] or list(formats[:1])
-    solutions = [(solve(_problem(graph, formats, main, verdicts, costs), costs.time_ms), main) for main in mains]
+    solutions = [(solve(_problem(graph, formats, main, verdicts, costs, noise), costs.time_ms), main) for main in mains]
     best = min(solutions, key=lambda s: s[0].time_ms)
     if "fp32" in formats and mains != ["fp32"]:
-        plain = solve(_problem(graph, ("fp32",), "fp32", verdicts, costs), costs.time_ms)
-        if plain.time_ms < max(1.02 * best[0].time_ms, best[0].time_ms + costs.least_gain_ms):
+        plain = solve(_problem(graph, ("fp32",), "fp32", verdicts, costs, noise), costs.time_ms)
+        share = 1.02 if costs.least_gain_ms else 1.0
+        if plain.time_ms <= max(share * best[0].time_ms, best[0].time_ms + costs.least_gain_ms):
             return plain, "fp32"
     return best
 
 
-def _problem(graph: ModelGraph, formats: tuple[str, ...], main: str, verdicts: Verdicts, costs: CostTable) -> Problem:
+def _problem(
+    graph: ModelGraph, formats: tuple[str, ...], main: str, verdicts: Verdicts, costs: CostTable, noise: Noise
+) -> Problem:
     index = {u.name: i for i, u in enumerate(graph.units)}
     allowed = np.asarray([[verdicts.allows(u.name, f) for f in formats] for u in graph.units])
     with_main = allowed[:, formats.index(main)]
@@ -130,6 +141,8 @@ def _problem(graph: ModelGraph, formats: tuple[str, ...], main: str, verdicts: V
             if e.producer and e.consumer  # what the root takes and returns is cast or not outside the model
         ],
         groups=[[index[n] for n in group if n in index] for group in graph.groups],
+        noise=np.asarray([[noise.of(u.name, f) for f in formats] for u in graph.units]) if noise.known else None,
+        budget=noise.budget,
     )
 
 
@@ -159,6 +172,8 @@ def _layer(
         "time_from": costs.how[name, compute],
         "forbidden": sorted(f for f in choice.formats if not choice.verdicts.allows(name, f)),
     }
+    if choice.noise.known:
+        evidence["loss_noise"] = {f: choice.noise.of(name, f) ** 0.5 for f in choice.formats}
     reasons = [*reasons_for(name, compute, choice), *against_storage]
     if against_storage and compute != "fp32" and "fp32" in choice.formats:
         gain = costs.time_ms[name, "fp32"] - costs.time_ms[name, compute] - costs.cast(unit.own_params)
@@ -210,6 +225,7 @@ def _made_from(
     graph: ModelGraph,
     solution: Solution,
     costs: CostTable,
+    noise: Noise,
 ) -> dict[str, Any]:
     flops = {u.name: u.flops for u in graph.units}
     total = sum(flops.values())
@@ -229,9 +245,23 @@ def _made_from(
             **{f: sum(costs.time_ms[u.name, f] for u in graph.units) for f in formats},
         },
         "casts": solution.casts,
+        "loss_noise": {
+            "plan": noise.std(dict(solution.choice)),
+            "budget": noise.budget**0.5,
+            "spread_over_batches": noise.spread,
+            "largest": _noisiest(noise, solution),
+        }
+        if noise.known
+        else None,
         "says": _in_one_sentence(set(solution.choice.values()), policy),
         "low_precision_flops_share": low / total if total else float("nan"),
     }
+
+
+def _noisiest(noise: Noise, solution: Solution) -> dict[str, float]:
+    """The units that spend most of the budget: unit -> standard deviation of the loss."""
+    spent = {u: noise.of(u, f) ** 0.5 for u, f in solution.choice.items()}
+    return {u: spent[u] for u in sorted(spent, key=spent.__getitem__, reverse=True)[:5] if spent[u] > 0}
 
 
 def _in_one_sentence(chosen: set[str], policy: str) -> str:

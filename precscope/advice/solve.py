@@ -5,12 +5,14 @@ subject to  sum_f x[u, f] = 1                     each unit has one format
             x[u, f] = 0                           where f is forbidden for u
             x[u, f] = x[v, f]                     where u and v must agree
             d[e] >= x[a, f] - x[b, f]             for each format f of the edge a -> b: d is 1 where they differ
+            sum_u sum_f noise[u, f] x[u, f] <= budget
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +22,8 @@ from ..errors import UsageError
 @dataclass(frozen=True)
 class Problem:
     """units, formats: names. cost: float[U, F] in ms. allowed: bool[U, F]. edges: (unit index, unit index, ms of one
-    cast). groups: unit indices that must agree."""
+    cast). groups: unit indices that must agree. noise: float[U, F] or None, variances whose sum is at most budget;
+    where no assignment is as quiet as that, the quietest is taken."""
 
     units: Sequence[str]
     formats: Sequence[str]
@@ -28,6 +31,8 @@ class Problem:
     allowed: np.ndarray
     edges: Sequence[tuple[int, int, float]] = ()
     groups: Sequence[Sequence[int]] = ()
+    noise: np.ndarray | None = None
+    budget: float = np.inf
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ def solve(
     rows, lower = _constraints(problem)
     i, j, v = (np.asarray(c) for c in zip(*rows, strict=True))
     matrix = coo_array((v, (i, j)), shape=(len(lower), u * f + e)).tocsr()
+    matrix, lower = _with_noise(problem, matrix, lower)
     lo = np.asarray([a for a, _ in lower])
     hi = np.asarray([b for _, b in lower])
     result = milp(
@@ -77,6 +83,23 @@ def solve(
     )
     time = units + sum(ms for (_, _, ms), d in zip(problem.edges, differ, strict=True) if d)
     return Solution(choice, float(time), int(sum(differ)))
+
+
+def _with_noise(
+    problem: Problem, matrix: Any, lower: list[tuple[float, float]]
+) -> tuple[Any, list[tuple[float, float]]]:
+    """The row of the noise budget, in units of the budget, where it binds at all."""
+    from scipy.sparse import csr_array, vstack
+
+    noise = problem.noise
+    if noise is None or not np.isfinite(problem.budget):
+        return matrix, lower
+    allowed = np.where(problem.allowed, noise, np.inf)
+    budget = max(problem.budget, float(allowed.min(1).sum()) * (1 + 1e-6))
+    if np.where(problem.allowed, noise, 0.0).max(1).sum() <= budget:
+        return matrix, lower
+    row = np.concatenate([(noise / budget).ravel(), np.zeros(len(problem.edges))])
+    return vstack([matrix, csr_array(row[None, :])]).tocsr(), [*lower, (-np.inf, 1.0)]
 
 
 def _check(problem: Problem) -> None:

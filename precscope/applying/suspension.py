@@ -124,18 +124,22 @@ def _stored_wide(root: nn.Module) -> Iterator[dict[Tensor, Tensor]]:
     recurrent = [module for module in root.modules() if isinstance(module, nn.RNNBase)]
     try:
         for module in root.modules():
-            for table in (module._parameters, module._buffers):
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for table in tables:
                 for name, tensor in list(table.items()):
-                    if _is_low(tensor):
-                        swapped.append((table, name, tensor))
-                        table[name] = stand_ins.setdefault(tensor, _stand_in(tensor))
+                    if not _is_low(tensor):
+                        continue
+                    swapped.append((table, name, tensor))
+                    if tensor not in stand_ins:
+                        stand_ins[tensor] = _stand_in(tensor)
+                    table[name] = stand_ins[tensor]
         if swapped:
             for module in recurrent:
                 _refresh_flat_weights(module)
         yield {new: old for old, new in stand_ins.items() if isinstance(old, nn.Parameter)}
     finally:
-        for table, name, tensor in swapped:
-            table[name] = tensor
+        for changed, name, tensor in swapped:
+            changed[name] = tensor
         if swapped:
             for module in recurrent:
                 _refresh_flat_weights(module)

@@ -5,7 +5,7 @@ judgement.py compares with fp32; search.py finds what must stay high; trial.py t
 between the model as it stands and as it will be after them; recommending.py puts them together as `ps.recommend`.
 """
 
-from .judgement import Tolerance
 from .recommending import recommend
+from .tolerance import Tolerance
 
 __all__ = ["Tolerance", "recommend"]

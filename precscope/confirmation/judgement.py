@@ -12,35 +12,18 @@ from dataclasses import dataclass
 import torch
 
 from .probe import Outcome
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """What a plan may change against fp32.
-
-    loss: share of the loss. span: share of the largest loss of the run, added to it (a loss of nearly zero has large
-    relative errors). gradient: relative error of the whole gradient. parameter, elements: at most a share `elements` of
-    all trained elements may lie in parameters whose own gradient is off by more than `parameter`. output: relative
-    error of the output at inference. order: share of pairs of output values, clearly ordered in fp32, that become
-    equal or change places.
-    """
-
-    loss: float = 0.1
-    span: float = 0.01
-    gradient: float = 0.15
-    parameter: float = 0.3
-    elements: float = 0.1
-    output: float = 0.05
-    order: float = 0.2
+from .tolerance import Tolerance
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """score: the worst part in units of its tolerance. text: that part in words. numbers: all parts."""
+    """score: the worst part in units of its tolerance. text: that part in words. numbers: all parts. visible: score of
+    the worst part but for gradients: what shows in the loss and the output at once."""
 
     score: float
     text: str
     numbers: dict[str, float]
+    visible: float = 0.0
 
     @property
     def passed(self) -> bool:
@@ -58,17 +41,16 @@ class Yardstick:
     def judge(self, reference: Outcome, outcome: Outcome) -> Judgement:
         """Compare an outcome with fp32's on the same batch."""
         if outcome.error:
-            return Judgement(float("inf"), f"it raises {outcome.error}", {})
+            return Judgement(float("inf"), f"it raises {outcome.error}", {}, float("inf"))
         if not outcome.finite and reference.finite:
-            return Judgement(float("inf"), _nonfinite(reference, outcome), {})
-        parts = [self._order(reference, outcome)]
-        if reference.gradients or reference.loss == reference.loss:
-            parts += [self._loss(reference, outcome), *self._gradients(reference, outcome)]
-        else:
-            parts.append(self._output(reference, outcome))
+            return Judgement(float("inf"), _nonfinite(reference, outcome), {}, float("inf"))
+        trained = bool(reference.gradients) or reference.loss == reference.loss
+        measure = self._loss if trained else self._output
+        visible = [self._order(reference, outcome), measure(reference, outcome)]
+        parts = [*visible, *(self._gradients(reference, outcome) if trained else ())]
         worst = max(parts, key=lambda p: p.score)
         numbers = {key: value for part in parts for key, value in part.numbers.items()}
-        return Judgement(worst.score, worst.text, numbers)
+        return Judgement(worst.score, worst.text, numbers, max(p.score for p in visible))
 
     def _loss(self, reference: Outcome, outcome: Outcome) -> Judgement:
         change = abs(outcome.loss - reference.loss)

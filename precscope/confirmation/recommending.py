@@ -11,7 +11,7 @@ from ..advice import recommend as predict
 from ..errors import UsageError
 from ..plans import PrecisionPlan
 from ..profiles import Profile
-from .judgement import Tolerance
+from .tolerance import Tolerance
 
 if TYPE_CHECKING:
     from ..tasks import Task
@@ -30,7 +30,7 @@ def recommend(
     loss_scaling: bool | None = None,
     tolerance: Tolerance | None = None,
     batches: int = 2,
-    trial_steps: int = 16,
+    trial_steps: int = 32,
     note: Note | None = None,
 ) -> PrecisionPlan:
     """Recommend a format per module from a recorded run, and confirm it on the model where `task` is given.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..batches import preserved_rng
 from ..plans import PrecisionPlan
 from ..preservation import eager, preserved
 from ..recording.recorder import unwrap
@@ -68,6 +69,7 @@ def run_trial(
 ) -> Trial:
     """Train in place on `batches`, one step each, in fp32 or with `plan`. Call it inside `state_kept`.
 
+    Two trials from one state of the generators draw the same dropout masks; they are put back.
     initial_scale: of the loss, for a plan with fp16 that names none. scaling: False trains without a loss scale.
     """
     model = unwrap(task.model)
@@ -79,7 +81,7 @@ def run_trial(
     skipped = 0
     model.train()
     try:
-        with eager(), mode.applied(model):
+        with preserved_rng(cuda=True), eager(), mode.applied(model):
             optimizer = make_optimizer(task, TrainConfig(steps=max(1, len(batches))))
             optimizer.zero_grad(set_to_none=True)
             for batch in batches:

@@ -81,6 +81,8 @@ class SlotBuffer:
         self.device = device if self._travels else self._home
         self._source = [NOTHING] * capacity
         self._exponent = [0] * capacity
+        self._weights: Tensor | None = None  # float64 [capacity, BINS], made when first needed
+        self._priced: set[int] = set()
 
     @property
     def capacity(self) -> int:
@@ -94,6 +96,8 @@ class SlotBuffer:
             self._rows = torch.cat([self._rows, reference.new_rows(more, self._home)])
             self._source += [NOTHING] * more
             self._exponent += [0] * more
+            if self._weights is not None:
+                self._weights = torch.cat([self._weights, self._weights.new_zeros(more, BINS)])
 
     def clear(self, n: int | None = None) -> None:
         """Empty the first n rows, all by default."""
@@ -101,6 +105,9 @@ class SlotBuffer:
         self._rows[:n].copy_(reference.new_rows(n, self._home))
         self._source[:n] = [NOTHING] * n
         self._exponent[:n] = [0] * n
+        if self._weights is not None:
+            self._weights[:n].zero_()
+            self._priced = {slot for slot in self._priced if slot >= n}
 
     def accumulate(self, slot: int, x: Tensor, *, multiplier: float = 1.0) -> None:
         """Add the statistics of x * multiplier to row `slot`.
@@ -133,8 +140,37 @@ class SlotBuffer:
         self._note(ratio_slot, "fp64" if wide else "fp32", 0)
         self._kernels.accumulate_update(self._rows, slot, ratio_slot, before, after)
 
+    def accumulate_weights(self, slot: int, y: Tensor, g: Tensor) -> None:
+        """Add the sum of g^2 over the elements of y in each binade to row `slot`'s gradient-weighted histogram.
+
+        y: any tensor that `accumulate` takes, dense; only its exponents are read. g: the gradient of the loss with
+        respect to it, of its shape and on its device, unscaled; not converted to a lower format. Zeros and non-finite
+        elements of y add nothing (rounding them costs nothing, or is no noise); a non-finite gradient leaves inf or
+        NaN.
+        Raises UsageError where shapes or devices differ.
+        """
+        if y.shape != g.shape:
+            raise UsageError(f"a gradient has the shape of its tensor, got {tuple(g.shape)} for {tuple(y.shape)}")
+        y, g = (_plain(t.detach(), self._home) for t in (y, g))
+        wide = torch.float64 if torch.float64 in (y.dtype, g.dtype) else torch.float32
+        y, g = _side_by_side(y, g)
+        if self._weights is None:
+            with torch.inference_mode(False):
+                self._weights = torch.zeros(self.capacity, BINS, dtype=torch.float64, device=self._home)
+        self._priced.add(slot)
+        self._kernels.accumulate_weights(self._weights, slot, y.to(wide), g.to(wide))
+
+    def _read_weights(self, n: int) -> np.ndarray | None:
+        """float64 [n, BINS], NaN in the rows that were never given a gradient; None where none was."""
+        if self._weights is None:
+            return None
+        weights = self._weights[:n].cpu().numpy().copy()
+        weights[[row for row in range(n) if row not in self._priced]] = np.nan
+        return weights
+
     def read(self, n: int | None = None) -> StatsTable:
-        """The first n rows (all by default) as a StatsTable: one copy from the device, and the only wait for it."""
+        """The first n rows (all by default) as a StatsTable: one copy from the device, two where there are weights, and
+        the only wait for it. `weights` is NaN in the rows that were given no gradient."""
         n = self.capacity if n is None else n
         words = self._rows[:n].cpu().numpy()
         words = words.copy() if self._home.type == "cpu" else words
@@ -151,6 +187,7 @@ class SlotBuffer:
             sumsq=numbers[:, reference.SUMSQ],
             source=np.array(self._source[:n], dtype=object),
             source_exponent=np.array(self._exponent[:n], dtype=np.int64),
+            weights=self._read_weights(n),
         )
 
     def _note(self, slot: int, source: str, k: int) -> None:
@@ -187,6 +224,14 @@ def _plain(x: Tensor, device: torch.device) -> Tensor:
             f"statistics need a floating-point tensor of 8 to 64 bits, got {x.dtype}: convert it first, or leave it out"
         )
     return x.to(device)
+
+
+def _side_by_side(y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as one contiguous dimension, element by element in the same order."""
+    y, g = (t.resolve_neg() if t.is_neg() else t for t in (y, g))
+    if y.stride() != g.stride() or not reference.fills_its_storage(y):
+        y, g = y.contiguous(), g.contiguous()
+    return reference.flat(y), reference.flat(g)
 
 
 def _multiplied(x: Tensor, source: str, multiplier: float) -> tuple[Tensor, str, int]:

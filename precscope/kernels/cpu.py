@@ -456,3 +456,10 @@ def accumulate_update(rows: Tensor, slot: int, ratio_slot: int, before: Tensor, 
     address = rows.data_ptr()
     row, ratio = address + slot * 8 * WIDTH, address + ratio_slot * 8 * WIDTH
     return _reduce(KINDS[before.dtype], before.data_ptr(), after.data_ptr(), before.numel(), 0, row, ratio)
+
+
+def accumulate_weights(weights: Tensor, slot: int, y: Tensor, g: Tensor) -> None:
+    """Like reference.accumulate_weights. Its kernel is compiled, or loaded from a cache, when it is first used."""
+    from . import cpu_weights
+
+    cpu_weights.accumulate_weights(weights, slot, y, g)

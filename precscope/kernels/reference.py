@@ -84,6 +84,20 @@ def accumulate_update(rows: Tensor, slot: int, ratio_slot: int, before: Tensor, 
         _count(rows[ratio_slot], torch.where(defined, column, NAN))
 
 
+def accumulate_weights(weights: Tensor, slot: int, y: Tensor, g: Tensor) -> None:
+    """Add to row `slot` of `weights`, float64 [rows, BINS], the sum of g^2 over the elements of y in each binade.
+
+    y, g: contiguous [n], both fp32 or both fp64, on the device of `weights`. Elements of y that are zero or not finite
+    add nothing; a gradient that is not finite makes its bin inf or NaN.
+    """
+    row = weights[slot]
+    for values, gradient in zip(y.split(_piece(y)), g.split(_piece(g)), strict=True):
+        values, gradient = values.double(), gradient.double()
+        kept = torch.isfinite(values) & (values != 0)
+        column = _binade(values).clamp(EXP_LO, EXP_HI) - EXP_LO
+        row.scatter_add_(0, column, torch.where(kept, gradient * gradient, 0.0))
+
+
 def _piece(x: Tensor) -> int:
     return _PIECE_CPU if x.device.type == "cpu" else _PIECE
 

@@ -117,6 +117,41 @@ def _ratio_kernel(
     tl.atomic_add(row + columns, counts.to(tl.int64), mask=(columns < bins + 4) & (counts > 0))
 
 
+@triton.jit(do_not_specialize=["slot"])
+def _weights_kernel(
+    weights, y_pointer, g_pointer, n, slot,
+    kind: tl.constexpr, block: tl.constexpr, histogram: tl.constexpr, bins: tl.constexpr, exp_lo: tl.constexpr,
+    width: tl.constexpr,
+):  # fmt: skip
+    """A block of activations fills some twenty binades: one masked sum for each, none for the others."""
+    columns = tl.arange(0, histogram)
+    sums = tl.zeros([histogram], dtype=tl.float64)
+    start = tl.program_id(0).to(tl.int64) * block
+    while start < n:
+        offsets = start + tl.arange(0, block)
+        inside = offsets < n
+        binade = _binade(tl.load(y_pointer + offsets, mask=inside, other=0.0), kind)
+        g = tl.load(g_pointer + offsets, mask=inside, other=0.0).to(tl.float64)
+        kept = inside & (binade > -2000) & (binade < 1024)
+        column = tl.minimum(tl.maximum(binade, exp_lo), exp_lo + bins - 1) - exp_lo
+        column = tl.where(kept, column, -1)
+        at = tl.min(tl.where(kept, column, histogram))
+        last = tl.max(column)
+        while at <= last:
+            sums += tl.where(columns == at, tl.sum(tl.where(column == at, g * g, 0.0)), 0.0)
+            at += 1
+        start += tl.num_programs(0).to(tl.int64) * block
+    row = weights + slot.to(tl.int64) * bins
+    tl.atomic_add(row + columns, sums, mask=(columns < bins) & (sums != 0.0))
+
+
+def accumulate_weights(weights: Tensor, slot: int, y: Tensor, g: Tensor) -> None:
+    """Like reference.accumulate_weights."""
+    if y.numel():
+        with _on(y.device):
+            _weights_kernel[_grid(y)](weights, y, g, y.numel(), slot, kind=_KIND[y.dtype], **_CONSTANTS, **_OPTIONS)
+
+
 def accumulate(rows: Tensor, slot: int, x: Tensor, k: int = 0) -> None:
     """Add the statistics of x * 2^k to row `slot`. x: fp32, bf16, fp16 or fp64, on the device of `rows`."""
     x = reference.flat(x.detach())

@@ -25,8 +25,28 @@ def text_of(plan: PrecisionPlan) -> str:
         lines.append("loss scale: " + ", ".join(f"{k} {short(v)}" for k, v in plan.loss_scale.items()))
     for phase in plan.phases:
         lines.append(f"from step {phase.from_step}: {phase.precision or (phase.plan and phase.plan.default)}")
+    if plan.confirmed:
+        lines.append(confirmation_of(plan.confirmed))
     lines = [line for long in lines for line in textwrap.wrap(long, _WIDTH, subsequent_indent="  ")]
     return "\n".join([*lines, *_lines(_rows(plan), width=_WIDTH)])
+
+
+def confirmation_of(confirmed: dict[str, Any]) -> str:
+    """What a confirmation found, in a sentence. Keys that a plan from elsewhere lacks are left out."""
+    passed, score = confirmed.get("passed", True), confirmed.get("score")
+    text = "confirmed" if passed else "NOT confirmed"
+    if "batches" in confirmed:
+        n, states = confirmed["batches"], confirmed.get("states", ())
+        text += f" on {n} batch{'es' if n != 1 else ''} that {'were' if n != 1 else 'was'} not recorded"
+        text += ", as the model stands and after some training" if len(states) > 1 else ""
+    if confirmed.get("worst"):
+        part = f"{score:.0%} of what is tolerated" if score is not None else "not tolerable"
+        text += f"; the worst is {part}: {confirmed['worst']}"
+    trial = confirmed.get("trial")
+    if trial:
+        text += f"; {trial['steps']} training steps end at a loss of {trial['loss_plan']:.4g}, fp32 at "
+        text += f"{trial['loss_fp32']:.4g}" + (f", {trial['skipped']} skipped" if trial.get("skipped") else "")
+    return text
 
 
 def html_of(plan: PrecisionPlan) -> str:
@@ -78,7 +98,8 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def _lines(rows: list[tuple[str, str, str]], *, width: int) -> list[str]:
-    """Three columns in `width` characters; reasons wrap to two lines, long names lose their middle."""
+    """Three columns in `width` characters; reasons wrap to two lines, those that forbid a format ("not fp16: ...") to
+    as many as they need; long names lose their middle."""
     if not rows:
         return []
     second = max(len("precision"), *(len(p) for _, p, _ in rows))
@@ -88,7 +109,8 @@ def _lines(rows: list[tuple[str, str, str]], *, width: int) -> list[str]:
     for name, precision, why in rows:
         if len(name) > first:
             name = name[: first // 2 - 1] + "..." + name[len(name) - first + first // 2 + 2 :]
-        said = textwrap.wrap(why, rest, max_lines=2, placeholder=" ...") or [""]
+        most = None if why.startswith(("not ", "params ")) else 2
+        said = textwrap.wrap(why, rest, max_lines=most, placeholder=" ...") or [""]
         lines.append(f"{name:<{first}}  {precision:<{second}}  {said[0]}".rstrip())
         lines += [" " * (first + second + 4) + more for more in said[1:]]
     return lines

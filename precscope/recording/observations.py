@@ -32,6 +32,7 @@ class Observations:
         self._unscaled: set[tuple[int, Site]] = set()
         self._skipped: dict[tuple[int, Site], torch.Tensor] = {}
         self._linked: set[Site] = set()
+        self._changes: dict[tuple[int, Site], torch.Tensor] = {}
         self.used = 0
 
     def _slot(self, device: torch.device) -> tuple[SlotBuffer, Slot]:
@@ -52,6 +53,18 @@ class Observations:
         buffer, slot = self._slot(x.device)
         buffer.accumulate(slot[1], x)
         return slot
+
+    def empty(self, device: torch.device) -> Slot:
+        """A new slot for weights alone."""
+        return self._slot(device)[1]
+
+    def price(self, slot: Slot, y: torch.Tensor, g: torch.Tensor) -> None:
+        """Add the gradient g = dL/dy of the values y to the slot's gradient-weighted histogram."""
+        self._buffers[slot[0]].accumulate_weights(slot[1], y, g)
+
+    def set_changes(self, step: int, site: Site, changes: torch.Tensor) -> None:
+        """What rounding the tensor of the row (step, site) to each of store.CHANGES does to the loss, float64 [4]."""
+        self._changes[step, site] = changes
 
     def reduce_update(self, step: int, sites: Iterable[Site], before: torch.Tensor, after: torch.Tensor) -> None:
         """Reduce the update after - before, and its size relative to `before`, into the rows (step, sites)."""
@@ -101,10 +114,17 @@ class Observations:
         rows = [r for r in self._rows if r not in self._skipped or not float(self._skipped[r].max())]
         try:
             if rows:
-                writer.write(*self._read(rows))
+                writer.write(*self._read(rows), changes=self._read_changes(rows))
         finally:
             self._clear()
         return len(rows)
+
+    def _read_changes(self, rows: list[tuple[int, Site]]) -> dict[int, list[float]]:
+        at = [i for i, row in enumerate(rows) if row in self._changes]
+        if not at:
+            return {}
+        values = torch.stack([self._changes[rows[i]].cpu() for i in at]).tolist()
+        return dict(zip(at, values, strict=True))
 
     def _read(
         self, rows: list[tuple[int, Site]]
@@ -142,6 +162,7 @@ class Observations:
         self._scales.clear()
         self._unscaled.clear()
         self._skipped.clear()
+        self._changes.clear()
         self.used = 0
 
 

@@ -13,22 +13,35 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from .. import __version__
+from ..batches import RandomStates
 from ..errors import ModelError, RunDirectoryError, UsageError
 from ..preservation import ForcedEager
-from ..store import SCHEMA, StatsWriter, drop_steps, prepare_directory, rank_name, update_json, write_json
+from ..store import (
+    SCHEMA,
+    StatsWriter,
+    drop_steps,
+    prepare_directory,
+    rank_name,
+    update_json,
+    write_json,
+    write_truth,
+)  # fmt: skip
 from . import graph
 from .observations import Observations
 from .updates import OptimizerWatcher
 from .watcher import Watcher, watched_modules
+
+if TYPE_CHECKING:
+    from .shadow import Closure, Truth
 
 _FLUSH_SLOTS = 4096  # of 2.3 kB each: the buffer stays near 10 MB however large the model
 _FLUSH_SECONDS = 60.0
@@ -47,6 +60,7 @@ class Recorder:
         every: int = 10,
         flush_every: int = 10,
         max_calls: int = 16,
+        shadow_every: int | Collection[int] | None = None,
         on_error: str = "warn",
         exist: str = "error",
         first_step: int = 0,
@@ -56,12 +70,15 @@ class Recorder:
             raise UsageError(
                 f"every, flush_every and max_calls must be 1 or more, not {every}, {flush_every}, {max_calls}"
             )
+        if isinstance(shadow_every, int) and shadow_every < 1:
+            raise UsageError(f"shadow_every must be 1 or more, a collection of steps, or None, not {shadow_every}")
         if on_error not in ("warn", "raise"):
             raise UsageError(f"on_error must be 'warn' or 'raise', not {on_error!r}")
         self.model = unwrap(model)
         if not watched_modules(self.model):
             raise ModelError(f"{type(self.model).__name__} has no module that computes: there is nothing to record")
         self.every, self.flush_every, self.on_error = every, flush_every, on_error
+        self.shadow_every = shadow_every
         self._out, self._exist, self._info = Path(out), exist, info or {}
         self._optimizers = _as_list(optimizer)
         self._scaler = scaler
@@ -82,7 +99,9 @@ class Recorder:
         self._writer = StatsWriter(self.directory)
         self._observations = Observations()
         self._watcher = Watcher(self.model, self._observations, scale=self._loss_scale, max_calls=self._max_calls)
-        self._updates = OptimizerWatcher(self._optimizers, self._observations, self._watcher.owners)
+        self._updates = OptimizerWatcher(
+            self._optimizers, self._observations, self._watcher.owners, self._watcher.names
+        )
         self._since_flush = 0
         self._flushed_at = time.monotonic()
         self._graph_written = False
@@ -118,11 +137,77 @@ class Recorder:
             self.recorded_steps += 1
             self._since_flush += 1
             self._watcher.end_step()
+            self._updates.end_step()
             slow = time.monotonic() - self._flushed_at > _FLUSH_SECONDS
             if self._since_flush >= self.flush_every or self._observations.used >= _FLUSH_SLOTS or slow:
                 self._flush(raising=self.on_error == "raise")
         self.index += 1
         self._begin_step()
+
+    @property
+    def shadow_due(self) -> bool:
+        """Whether `shadow_every` asks for a shadow step in the present step, which must be a recorded one."""
+        if not self._open or not self.recording or self.shadow_every is None:
+            return False
+        if isinstance(self.shadow_every, int):
+            return self.index % self.shadow_every == 0
+        return self.index in self.shadow_every
+
+    def shadow(
+        self,
+        closure: Closure | Sequence[Closure],
+        *,
+        loss: torch.Tensor | float | None = None,
+        random: Sequence[RandomStates] | None = None,
+    ) -> Truth | None:
+        """Run the present step's batch once more in true fp32, and leave nothing behind: a shadow step.
+
+            scaler.scale(loss).backward()
+            rec.shadow(lambda: loss_of(model, batch), loss=loss)    # before clipping and optimizer.step()
+
+        closure: returns the loss as the running step computed it, without backward and without the loss scale; it need
+        not enter autocast, and where it does, that has no effect. After several backward passes (gradient
+        accumulation) a list of closures, one per micro-batch and each divided as it was there: .grad is the sum of
+        all, and is compared with the sum of theirs. loss: of the running step, unscaled, for the comparison. random:
+        states of the generators at the beginning of each closure; None: those at the beginning of the step, and for
+        each pass of the model those of the step's own passes, so that dropout draws the same.
+
+        Does nothing and returns None in steps that are not recorded or, where `shadow_every` is set, not due. Writes
+        shadow-NNNNNN.parquet (statistics and gradient-weighted histograms of fp32 tensors) and truth-NNNNNN.parquet
+        (how far the gradients in .grad are from the fp32 ones; they may still hold the loss scale). Model, gradients,
+        buffers, generators and ordinary statistics are left as they were. Costs one fp32 step and an extra pass over
+        each tensor; keeps a byte for each element of an activation until its gradient arrives.
+
+        Raises UsageError after the optimizer's step and where a closure returns no loss; what a closure raises passes
+        through. A directory that cannot be written is treated as `on_error` says.
+        """
+        if not self._open:
+            raise UsageError("shadow() belongs inside the with block: with ps.record(model, out) as rec: ...")
+        if not self.recording or (self.shadow_every is not None and not self.shadow_due):
+            return None
+        from .shadow import ShadowStep
+
+        watcher = self._watcher
+        if watcher.versions and watcher.versions != watcher.parameter_versions():
+            raise UsageError(
+                "shadow() compares with the gradients of the running step: call it after backward() and before "
+                "optimizer.step(), which has changed the parameters already"
+            )
+        if random is None:
+            random = [watcher.began] if watcher.began is not None else []
+        others = [p for o in self._optimizers for g in o.param_groups for p in g["params"] if p not in watcher.owners]
+        step = ShadowStep(
+            self.index, self._gradient_scale, random, watcher.passes_began, others=others, max_calls=self._max_calls
+        )
+        with self.paused():
+            observations, truth = step.run(self.model, [closure] if callable(closure) else list(closure), loss)
+
+        def write() -> None:
+            observations.drain(StatsWriter(self.directory, kind="shadow"))
+            write_truth(self.directory, truth.columns())
+
+        self._guarded(write, raising=self.on_error == "raise")
+        return truth
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -168,6 +253,18 @@ class Recorder:
         scale = get_async() if get_async is not None else None
         return scale.clone() if isinstance(scale, torch.Tensor) else float(self._scaler.get_scale())
 
+    def _gradient_scale(self, parameter: torch.Tensor) -> float | torch.Tensor:
+        """By what its .grad is multiplied now: 1 once the scaler has unscaled the optimizer that holds it."""
+        scale = self._loss_scale()
+        if scale is None or isinstance(self._scaler, int | float):
+            return 1.0 if scale is None else scale
+        states = getattr(self._scaler, "_per_optimizer_states", {})
+        for optimizer in self._optimizers:
+            if any(parameter is p for group in optimizer.param_groups for p in group["params"]):
+                stage = states[id(optimizer)]["stage"] if id(optimizer) in states else None
+                return 1.0 if stage is not None and stage.name != "READY" else scale
+        return scale
+
     def _flush(self, *, raising: bool) -> None:
         self._since_flush = 0
         self._flushed_at = time.monotonic()
@@ -192,7 +289,9 @@ class Recorder:
         write_json(self.directory / "graph.json", graph.describe(self._watcher, self.flops))
 
     def _write_run(self, status: str, error: BaseException | None = None) -> None:
-        content = {"status": status, "recorded_steps": self.recorded_steps}
+        content: dict[str, Any] = {"status": status, "recorded_steps": self.recorded_steps}
+        if self._optimizers:
+            content["optimizers"] = self._updates.describe()
         if status == "running":
             content = {"schema": SCHEMA, **provenance(self.model), "every": self.every, **self._info, **content}
             write = update_json if self._exist == "append" else write_json
@@ -212,6 +311,7 @@ def record(
     every: int = 10,
     flush_every: int = 10,
     max_calls: int = 16,
+    shadow_every: int | Collection[int] | None = None,
     on_error: str = "warn",
     exist: str = "error",
     first_step: int = 0,
@@ -224,18 +324,19 @@ def record(
                 ...
                 rec.step()
 
-    optimizer: one or several; their updates and state are recorded. scaler: the GradScaler (or a number) whose scale is
-    divided out of gradients. every: record steps 0, every, 2 every, ... flush_every: recorded steps per part.
-    max_calls: call indices kept apart per module and pass. on_error: "warn" stops recording when the directory cannot
-    be written and lets the run go on; "raise" ends it. exist: see prepare_directory. first_step: index of the first
-    step, for resumed runs. info: more keys for run.json.
+    optimizer: one or several; their updates and state are recorded. scaler: the GradScaler (or a number) whose scale
+    is divided out of gradients. every: record steps 0, every, 2 every, ... flush_every: recorded steps per part.
+    max_calls: call indices kept apart per module and pass. shadow_every: which recorded steps `rec.shadow(...)`
+    takes: multiples of a number, the steps of a collection, or, with None, all in which it is called. on_error:
+    "warn" stops recording when the directory cannot be written and lets the run go on; "raise" ends it. exist: see
+    prepare_directory. first_step: index of the first step, for resumed runs. info: more keys for run.json.
 
     The losses and weights of the run are the same bit for bit with and without it; compiled models run their recorded
     steps eagerly. Raises UsageError, ModelError, RunDirectoryError.
     """
     return Recorder(
         model, out, optimizer=optimizer, scaler=scaler, every=every, flush_every=flush_every, max_calls=max_calls,
-        on_error=on_error, exist=exist, first_step=first_step, info=info,
+        shadow_every=shadow_every, on_error=on_error, exist=exist, first_step=first_step, info=info,
     )  # fmt: skip
 
 

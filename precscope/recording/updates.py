@@ -1,59 +1,121 @@
-"""Hooks on optimizers: what each step changes, and what state it keeps.
+"""What a step changes, and what state optimizers keep.
 
 In a recorded step the parameters are copied before `optimizer.step` and compared with what they became: statistics of
 dw, and the histogram of floor(log2|dw|) - floor(log2|w|) that tells which updates a storage format would swallow. The
-copy costs one extra set of parameters for the length of that step.
+copy costs one extra set of parameters for the length of that step. What changes elsewhere is seen by wholestep.py.
+
+Gradients that are summed over many backward passes are looked at under way: .grad after 64, 128, 256 ... additions
+gives the row (state #1, "<tensor>.grad") of the last of them, which tells whether the contributions add up or cancel.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..sites import Role, Site
-from .observations import Observations
+from .observations import Observations, Slot
 from .tensors import dense
+from .wholestep import DERIVED, WholeStep
+
+_MANY = 64  # additions to .grad from which on it is looked at; 16-bit sums stop growing after 256 or more
 
 
 class OptimizerWatcher:
-    """Attaches to optimizers for the recorded steps."""
+    """Attaches to optimizers and parameters for the recorded steps.
+
+    owners: tensor -> the weight sites of the modules that own it. names: the watched modules.
+    """
 
     def __init__(
         self,
         optimizers: Iterable[torch.optim.Optimizer],
         observations: Observations,
         owners: dict[torch.Tensor, list[Site]],
+        names: dict[nn.Module, str],
     ) -> None:
         self.optimizers = list(optimizers)
         self._observations = observations
         self._owners = owners
+        self._whole = WholeStep(names, self.optimizers, observations)
         self._handles: list[Any] = []
         self._before: dict[torch.Tensor, torch.Tensor] = {}
+        self._additions: Counter[torch.Tensor] = Counter()
+        self._sums: dict[torch.Tensor, Slot] = {}
+        self._lr: dict[tuple[int, int], float] = {}
         self._step: int | None = None
 
     def attach(self, step: int) -> None:
-        """Hook every optimizer; what it does from now on belongs to `step`."""
+        """Hook every optimizer; what happens from now on belongs to `step`."""
         self._step = step
-        self._before.clear()  # of an optimizer step that raised
+        self._forget_step()  # of a step that raised
+        self._whole.begin()
         if self._handles:
             return
         for optimizer in self.optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._pre))
             self._handles.append(optimizer.register_step_post_hook(self._post))
+        for parameter in self._owners:
+            if parameter.requires_grad and parameter.is_leaf:
+                self._handles.append(parameter.register_post_accumulate_grad_hook(self._added))
+
+    def end_step(self) -> None:
+        """The step is over, whatever changes the model outside the optimizer included."""
+        if self._step is None:
+            return
+        for parameter, slot in self._sums.items():
+            for site in self._owners[parameter]:
+                self._observations.link(self._step, Site(site.module, Role.STATE, DERIVED, f"{site.tensor}.grad"), slot)
+        self._whole.end(self._step)
+        self._forget_step()
 
     def detach(self) -> None:
-        """Take the hooks off and drop copies."""
+        """Take the hooks off and drop copies; the twins of wholestep.py live on to the next recorded step."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._before.clear()
+        self._forget_step()
         self._step = None
+
+    def describe(self) -> list[dict[str, Any]]:
+        """For run.json: class and settings of each optimizer. lr is the largest of the recorded steps so far."""
+        described = []
+        for i, optimizer in enumerate(self.optimizers):
+            groups = []
+            for j, group in enumerate(optimizer.param_groups):
+                settings = {k: plain for k, v in group.items() if k != "params" and (plain := _plain(v)) is not None}
+                settings["lr"] = max(self._lr.get((i, j), 0.0), settings.get("lr", 0.0))
+                groups.append({**settings, "parameters": self._names_of(group["params"])})
+            described.append({"class": type(optimizer).__name__, "groups": groups})
+        return described
+
+    def _names_of(self, parameters: Iterable[torch.Tensor]) -> list[str]:
+        sites = (self._owners.get(p, [None])[0] for p in parameters)
+        return [".".join(filter(None, (s.module, s.tensor))) for s in sites if s is not None]
+
+    def _forget_step(self) -> None:
+        self._before.clear()
+        self._additions.clear()
+        self._sums.clear()
+
+    @torch.no_grad()
+    def _added(self, parameter: torch.Tensor) -> None:
+        """A backward pass has added to .grad."""
+        self._additions[parameter] += 1
+        count = self._additions[parameter]
+        if count >= _MANY and count & (count - 1) == 0 and parameter.grad is not None:
+            values = dense(parameter.grad)
+            if values is not None:
+                self._sums[parameter] = self._observations.reduce(values)
 
     @torch.no_grad()
     def _pre(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         assert self._step is not None
+        self._note_lr(optimizer)
         for parameter in _parameters(optimizer):
             sites = self._owners.get(parameter)
             values = dense(parameter)
@@ -61,6 +123,13 @@ class OptimizerWatcher:
                 continue
             self._before[parameter] = values.clone()
             self._record_missed_gradient(parameter, sites)
+
+    def _note_lr(self, optimizer: torch.optim.Optimizer) -> None:
+        index = next(i for i, known in enumerate(self.optimizers) if known is optimizer)
+        for j, group in enumerate(optimizer.param_groups):
+            lr = group.get("lr", 0.0)
+            if not isinstance(lr, torch.Tensor):  # a tensor would have to be waited for
+                self._lr[index, j] = max(self._lr.get((index, j), 0.0), float(lr))
 
     def _record_missed_gradient(self, parameter: torch.Tensor, sites: list[Site]) -> None:
         """Engines that set .grad themselves (FSDP2) never fire tensor hooks: take the unscaled .grad, this shard's."""
@@ -103,3 +172,12 @@ class OptimizerWatcher:
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:
     return (p for group in optimizer.param_groups for p in group["params"])
+
+
+def _plain(value: Any) -> Any:
+    """Settings of an optimizer as JSON has them; None for what has no such form."""
+    if isinstance(value, torch.Tensor):
+        return float(value) if value.numel() == 1 else None
+    if isinstance(value, tuple | list):
+        return [p for v in value if (p := _plain(v)) is not None]
+    return value if isinstance(value, bool | int | float | str) else None

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..batches import RandomStates
 from ..sites import Role, Site
 from .observations import Observations, Slot
 from .tensors import call_tensors, dense, named_tensors
 
+_MOST_PASSES = 4096  # of one step, whose random states are kept: 30 kB each
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -89,6 +91,10 @@ class Watcher:
         self._grad_hooked: set[Site] = set()
         self._step: int | None = None
         self._weights_done = False
+        self.weight_slots: dict[torch.Tensor, Slot] = {}  # of the running step
+        self.began: RandomStates | None = None  # the generators at the step's beginning
+        self.passes_began: list[RandomStates] = []  # and at that of each of its passes
+        self.versions: list[int] = []  # of the parameters at the beginning of the last pass
         self.paused = False
 
     @property
@@ -99,6 +105,9 @@ class Watcher:
     def attach(self, step: int) -> None:
         """Hook every watched module and parameter; what passes from now on belongs to `step`."""
         self._step, self._weights_done = step, False
+        self.weight_slots.clear()
+        self.began = RandomStates.take(cuda=True)
+        self.passes_began, self.versions = [], []
         if self._handles:
             return
         before, after = self._module_hooks()
@@ -159,6 +168,7 @@ class Watcher:
         if module is self.model and not recompute and not self._stack:
             self._begin_pass()
             self.passes += 1
+            self._note_pass()
         if not self._weights_done:
             self._record_weights()
         name = self.names[module]
@@ -168,6 +178,16 @@ class Watcher:
             if seen is not None and not recompute:
                 seen.consumers.append(name)
         self._stack.append((name, call))
+
+    def _note_pass(self) -> None:
+        """What a shadow step needs to draw the same random numbers, and to see that no optimizer stepped since."""
+        if len(self.passes_began) < _MOST_PASSES:
+            self.passes_began.append(RandomStates.take(cuda=True))
+        self.versions = self.parameter_versions()
+
+    def parameter_versions(self) -> list[int]:
+        """How often each parameter was written to in place."""
+        return [_version(p) for p in self.owners if isinstance(p, nn.Parameter)]
 
     def _call_index(self, name: str, recompute: bool) -> int:
         """Which call of the module in this pass this is, from 0; recomputed calls count down."""
@@ -198,7 +218,7 @@ class Watcher:
                 self.flops[name] += _estimated_flops(module, x)
 
     def _gradient(self, sites: list[Site], gradient: torch.Tensor) -> None:
-        if self._step is None or gradient is None:
+        if self._step is None or gradient is None or self.paused:
             return
         values = dense(gradient)
         if values is None:
@@ -247,7 +267,11 @@ class Watcher:
         if seen.grad_sites is None:
             seen.grad_sites = []
             self._tensor_handles.append(x.register_hook(partial(self._gradient, seen.grad_sites)))
+            self._first_hooked(x, seen)
         seen.grad_sites.append(site)
+
+    def _first_hooked(self, x: torch.Tensor, seen: _Seen) -> None:
+        """Called once for each tensor whose gradient is watched; for subclasses."""
 
     def _slot_of(self, x: torch.Tensor, values: torch.Tensor) -> Slot:
         """The slot of a view's base where the view only reshapes it, else a new one."""
@@ -283,12 +307,15 @@ class Watcher:
         self._weights_done = True
         with torch.no_grad():
             for tensor, sites in self.owners.items():
-                values = dense(tensor)
+                values = self._weight_values(tensor)
                 if values is None:
                     continue
-                slot = self._observations.reduce(values)
+                slot = self.weight_slots[tensor] = self._observations.reduce(values)
                 for site in sites:
                     self._observations.link(self._step, site, slot)
+
+    def _weight_values(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        return dense(tensor)
 
 
 def parameter_owners(names: dict[nn.Module, str]) -> dict[torch.Tensor, list[Site]]:

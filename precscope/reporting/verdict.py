@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from ..formats import get_format
+from ..plans.table import confirmation_of
 from .material import FORWARD, GRADIENTS, WIDE, Material, head_room, known, listed, overall, signed, site_name
 from .numbers import bytes_text, figure, fixed, number, percent, plural
 from .rows import PlanRow, Statement, group_rows
@@ -173,8 +174,10 @@ def _scale(material: Material) -> Statement | None:
 def _status(material: Material) -> Statement | None:
     if material.plan is None:
         return None
-    if material.confirmed:
-        return Statement("good", "The plan is confirmed: it was run on batches that were not recorded, against fp32.")
+    confirmed = material.plan.confirmed
+    if confirmed:
+        said = confirmation_of(confirmed)
+        return Statement("good" if confirmed.get("passed", True) else "bad", f"The plan is {said}.")
     return Statement(
         "note", "The plan is predicted from ranges and costs, not yet confirmed by running it: ranges do not see "
         "cancellation, long sums or what a module hides between its input and its output."

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ..batches import seed_everything
+from ..batches import RandomStates, seed_everything
 from ..errors import RunDirectoryError, TaskError, TrainingError, UsageError
 from ..store import prepare_directory
 from ..tasks import Task, TaskRef, make_task
@@ -38,7 +38,8 @@ Progress = Callable[[int, int, float], None]
 
 
 class Recorder(Protocol):
-    """What the loop asks of a recorder: to be told of the end of each optimizer step."""
+    """What the loop asks of a recorder: to be told of the end of each optimizer step. Where it also has `shadow_due`
+    and `shadow`, as ps.Recorder does, a step that is due is run once more in fp32 before the optimizer steps."""
 
     def step(self) -> None: ...
 
@@ -56,6 +57,7 @@ def train(
     recorder: Recorder | Callable[[Trainer], AbstractContextManager[Recorder]] | None = None,
     progress: Progress | None = None,
     initial_scale: float | None = None,
+    shadow_every: int | None = None,
     **settings: Any,
 ) -> TrainResult:
     """Train the task's model in place.
@@ -67,6 +69,9 @@ def train(
     model's own, or the first GPU where the model is on the CPU. recorder: an entered one that has step() (ps.Recorder;
     `out` is then the directory it made), or a function of the Trainer (model, optimizer, scaler are there) that returns
     a context manager giving one. progress: see Progress. initial_scale: of the loss scale under "fp16" (None: 65536).
+    shadow_every: run every so manieth step once more in fp32 (a shadow step, see Recorder.shadow) and record it into
+    `out`: what the precision of this run really does to gradients (Profile.load(out).truth). Where there is a recorder
+    it has a shadow_every of its own.
     settings: fields of TrainConfig: seed, lr, weight_decay, betas, schedule, warmup, grad_clip, accumulate, eval_every,
     checkpoint_every, keep, nonfinite_limit ...
 
@@ -80,6 +85,8 @@ def train(
         from ..plans import PrecisionPlan
 
         plan = PrecisionPlan.load(plan)
+    if shadow_every is not None:
+        recorder = _shadow_recorder(shadow_every, out, recorder, resume=resume)
     if resume and out is None:
         raise UsageError("resume=True needs out=, the run directory to go on in")
     if not isinstance(task, Task):
@@ -115,6 +122,8 @@ class Trainer:
         self.evaluations: list[tuple[int, float]] = []
         self._unread: list[tuple[int, float, torch.Tensor, int]] = []
         self._bad_in_a_row = 0
+        self._kept: list[tuple[Any, RandomStates]] = []  # micro-batches of a step that is to be shadowed
+        self._shadow_fails = False
         self._progress: Progress | None = None
 
     def run(self, *, resume: bool = False, recorder: Any = None, progress: Progress | None = None) -> TrainResult:
@@ -127,7 +136,7 @@ class Trainer:
             stack.enter_context(in_mode(self.model, training=True))
             stack.enter_context(self.precision.applied(self.model))
             self._make_optimizer()
-            first = self._resume() if resume else 0
+            first = self.first_step = self._resume() if resume else 0
             stack.enter_context(self._outcome())
             with _entered(recorder, self) as watch:
                 self._announce(first)
@@ -156,9 +165,12 @@ class Trainer:
     def _step(self, step: int, watch: Recorder | None) -> None:
         self.clock.start()
         lr = self._set_lr(step)
-        loss = self._accumulate_gradients(step)
+        shadowed = not self._shadow_fails and getattr(watch, "shadow_due", False)
+        loss = self._accumulate_gradients(step, keep=shadowed)
         scale = self.precision.scale()
         self.precision.unscale(self.optimizer)
+        if shadowed:
+            self._shadow(watch, loss)
         grads = gradients(self.optimizer)
         if not grads:
             raise TaskError("no parameter got a gradient: does the loss depend on what the optimizer holds?")
@@ -174,18 +186,46 @@ class Trainer:
         figures = torch.stack([p.detach().to(loss.device, torch.float64) for p in parts])
         self._unread.append((step, lr, figures, self.memory.now()))
 
-    def _accumulate_gradients(self, step: int) -> torch.Tensor:
-        """Gradients of the mean loss over the step's micro-batches; that mean, detached."""
+    def _accumulate_gradients(self, step: int, *, keep: bool = False) -> torch.Tensor:
+        """Gradients of the mean loss over the step's micro-batches; that mean, detached. keep: remember them."""
         count = self.config.accumulate
         total: torch.Tensor | None = None
         for index in range(step * count, (step + 1) * count):
             batch = to_device(self.task.batch(index), self.device)
+            if keep:
+                self._kept.append((_copied(batch), RandomStates.take(cuda=True)))
             with self.precision.forward_context():
                 loss = self.task.checked_loss(batch)
             self.precision.backward(loss / count if count > 1 else loss)
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         return total / count if count > 1 else total
+
+    def _shadow(self, watch: Any, loss: torch.Tensor) -> None:
+        """The step's micro-batches once more in fp32, with the same random numbers. Where that fails (memory, or code
+        that fp32 does not suit), warn and train on without shadow steps."""
+        kept, self._kept = self._kept, []
+        count = len(kept)
+
+        def closure(batch: Any) -> Callable[[], torch.Tensor]:
+            def again() -> torch.Tensor:
+                loss = self.task.checked_loss(batch)
+                return loss / count if count > 1 else loss
+
+            return again
+
+        try:
+            watch.shadow([closure(batch) for batch, _ in kept], loss=loss, random=[state for _, state in kept])
+        except RunDirectoryError:
+            raise
+        except Exception as error:
+            self._shadow_fails = True
+            reason = (str(error).strip().splitlines() or [""])[0]
+            warnings.warn(
+                f"no shadow steps: running a step in fp32 raised {type(error).__name__}: {reason:.200}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _set_lr(self, step: int) -> float:
         if self.config.schedule != "none":
@@ -383,3 +423,32 @@ def _entered(recorder: Any, trainer: Trainer) -> Iterator[Recorder | None]:
         return
     with recorder(trainer) as watch:
         yield watch
+
+
+def _shadow_recorder(
+    every: int, out: str | Path | None, recorder: Any, *, resume: bool
+) -> Callable[[Trainer], AbstractContextManager[Any]]:
+    """A recorder of the steps 0, every, 2 every, ... that shadows each."""
+    if not isinstance(every, int) or every < 1:
+        raise UsageError(f"shadow_every must be an integer of at least 1, or None, not {every!r}")
+    if out is None:
+        raise UsageError("shadow_every needs out=, the run directory into which shadow steps are recorded")
+    if recorder is not None:
+        raise UsageError("give shadow_every to the recorder: ps.record(..., shadow_every=...)")
+
+    def make(trainer: Trainer) -> AbstractContextManager[Any]:
+        from ..recording import record
+
+        return record(
+            trainer.model, out, optimizer=trainer.optimizer, scaler=trainer.scaler, every=every, shadow_every=every,
+            exist="append", first_step=trainer.first_step if resume else 0,
+        )  # fmt: skip
+
+    return make
+
+
+def _copied(batch: Any) -> Any:
+    """The same tensors in new containers: a loss function may pop its labels out of a batch."""
+    from torch.utils._pytree import tree_map
+
+    return tree_map(lambda leaf: leaf, batch)
