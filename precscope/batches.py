@@ -201,3 +201,10 @@ def kind_of(value: Any) -> str:
     if value is None:
         return "None"
     return f"{type(value).__name__} {value!r:.40}" if isinstance(value, str | int | float) else type(value).__name__
+
+
+def copy_containers(batch: Any) -> Any:
+    """The same tensors in new dicts, lists and tuples: a loss function may pop its labels out of a batch."""
+    from torch.utils._pytree import tree_map
+
+    return tree_map(lambda leaf: leaf, batch)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
+    from .opstore import OpRecords
+
 _SCALARS = ("count", "zeros", "pos_inf", "neg_inf", "nan", "amax", "amin_nonzero", "sum", "sumsq", "loss_scale")
 
 
@@ -113,6 +115,14 @@ class Profile:
 
         path = self.path / "cost.parquet"
         return pd.read_parquet(path) if path.exists() else None
+
+    @property
+    def ops(self) -> OpRecords | None:
+        """What was recorded at op level (see `ops.ask(format)`), None where nothing was. Damaged parts are left out."""
+        from .opstore import load_ops
+
+        records = load_ops(self.path, skip_damaged=True)
+        return records if len(records) else None
 
     def merged(self, by: str = "site") -> tuple[list[Site], StatsTable]:
         """Sites and their statistics; by="site" merges the tensors of one (module, role, call), by="tensor" does not,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .batches import copy_containers
 from .errors import UsageError
 from .profiles import Profile
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from .tasks import Task
     from .training import Trainer, TrainResult
 
+_KEPT_BYTES = 1 << 30
 Note = Callable[[str], None]
 """Called with a line of text."""
 
@@ -32,6 +34,7 @@ def profile(
     costs: bool = True,
     formats: Sequence[str] = ("fp32", "bf16", "fp16"),
     shadow_every: int | str | None = "auto",
+    ops: bool = True,
     note: Note | None = None,
     **settings: Any,
 ) -> Profile:
@@ -44,10 +47,10 @@ def profile(
     of `formats` on this device (cost.parquet). shadow_every: which steps are run once more in fp32 (shadow steps, see
     Recorder.shadow): "auto" takes the first, the middle and the last recorded one, a number every so manieth step as
     far as it is recorded, None none; nothing is trained differently for it, and with train=False the task's loss is
-    taken in evaluation mode. exist: what to do with a run that is
-    already in `out`: "error" or "overwrite". note: called with a line of text when a part begins, and where FLOPs or
-    costs could not be had: the profile is then without them (where note is None, that is a RuntimeWarning). settings:
-    as in `ps.train` (lr, seed, grad_clip, accumulate, progress, ...).
+    taken in evaluation mode. ops: shadow steps also record every op, one more fp32 step each (`Profile.ops`).
+    exist: what to do with a run that is already in `out`: "error" or "overwrite". note: called with a line of text when
+    a part begins, and where FLOPs or costs could not be had: the profile is then without them (where note is None, that
+    is a RuntimeWarning). settings: as in `ps.train` (lr, seed, grad_clip, accumulate, progress, ...).
 
     Raises UsageError, TaskError, RunDirectoryError, TrainingError; what was flushed before an error stays readable.
     """
@@ -59,11 +62,12 @@ def profile(
         task = make_task(task, seed=settings.get("seed", 0))
     common: dict[str, Any] = {"steps": steps, "precision": precision, "every": every, "exist": exist, "note": note}
     shadowed = shadow_steps(shadow_every, steps=steps, every=every)
+    task.start_state = _start_state(task.model) if train else None
     with _FirstBatch(task) as first:
         if train:
-            train_recorded(task, out=out, shadow_every=shadowed, **common, **settings)
+            train_recorded(task, out=out, shadow_every=shadowed, ops=ops, **common, **settings)
         else:
-            _infer_recorded(task, out=out, shadow_every=shadowed, **common, **settings)
+            _infer_recorded(task, out=out, shadow_every=shadowed, ops=ops, **common, **settings)
     if costs:
         measure_costs(task, out, formats=formats, note=note, first=first)
     return Profile.load(out)
@@ -75,11 +79,12 @@ def train_recorded(
     out: str | Path,
     every: int = 10,
     shadow_every: Collection[int] | int | str | None = "auto",
+    ops: bool = True,
     note: Note | None = None,
     **settings: Any,
 ) -> TrainResult:
-    """`ps.train` with a recorder that also counts FLOPs; shadow_every as in `profile`, or a collection of steps;
-    settings as in `ps.train`."""
+    """`ps.train` with a recorder that also counts FLOPs; shadow_every as in `profile`, or a collection of steps; ops as
+    there; settings as in `ps.train`."""
     from .recording import record
     from .training import train
 
@@ -89,7 +94,7 @@ def train_recorded(
     def recorder(trainer: Trainer) -> Iterator[Recorder]:
         with record(
             trainer.model, out, optimizer=trainer.optimizer, scaler=trainer.scaler, every=every, on_error="raise",
-            exist="append", shadow_every=shadowed, info={"task": task.name},
+            exist="append", shadow_every=shadowed, ops=ops, info={"task": task.name},
         ) as watch:  # fmt: skip
             with _flops_at_the_end(watch, first.loss, note):
                 yield watch
@@ -111,6 +116,18 @@ def shadow_steps(wanted: Collection[int] | int | str | None, *, steps: int, ever
     return wanted
 
 
+def _start_state(model: Any) -> dict[str, Any] | None:
+    """Copies of parameters and buffers on the CPU; None where they are larger than `_KEPT_BYTES`."""
+    from .recording.recorder import unwrap
+
+    own = unwrap(model)
+    tensors = [*own.named_parameters(), *own.named_buffers()]
+    plain = all(type(t).__name__ in ("Parameter", "Tensor") and t.device.type != "meta" for _, t in tensors)
+    if not plain or sum(t.numel() * t.element_size() for _, t in tensors) > _KEPT_BYTES:
+        return None
+    return {name: t.detach().to("cpu", copy=True) for name, t in tensors}
+
+
 def _check_inference_settings(settings: dict[str, Any]) -> None:
     for name in settings:
         if name not in ("seed", "progress"):
@@ -129,6 +146,7 @@ def _infer_recorded(
     every: int,
     exist: str,
     shadow_every: Collection[int] | int | None,
+    ops: bool,
     note: Note | None,
     seed: int = 0,
     progress: Callable[[int, int, float], None] | None = None,
@@ -154,11 +172,11 @@ def _infer_recorded(
         model.eval()
         seed_everything(seed)
         options: dict[str, Any] = {"every": every, "shadow_every": shadow_every, "on_error": "raise", "exist": exist}
-        with record(model, out, info=info, **options) as watch, mode.applied(model):
+        with record(model, out, info=info, ops=ops, **options) as watch, mode.applied(model):
             with _flops_at_the_end(watch, lambda: run(first.batch()), note):
                 for step in range(steps):
                     batch = task.batch(step)
-                    run(_copy_containers(batch))
+                    run(copy_containers(batch))
                     if watch.shadow_due:
                         _shadow_of_inference(watch, task, to_device(batch, mode.device), note)
                     watch.step()
@@ -169,7 +187,7 @@ def _infer_recorded(
 def _shadow_of_inference(watch: Recorder, task: Task, batch: Any, note: Note | None) -> None:
     """Prices by the task's loss, in evaluation mode. A task for inference alone may have none that works."""
     try:
-        watch.shadow(lambda: task.checked_loss(batch))
+        watch.shadow(lambda: task.checked_loss(copy_containers(batch)))
     except Exception as error:  # the user's loss, which inference does not need
         watch.shadow_every = None
         _say(note, f"no shadow steps: the loss could not be run ({_one_line(error)}); loss noise is not priced")
@@ -242,7 +260,7 @@ class _FirstBatch:
         def batch(step: int) -> Any:
             got = read(step)
             if not self._kept:
-                self._kept.append(_copy_containers(got))
+                self._kept.append(copy_containers(got))
             return got
 
         self.task.batch = batch  # type: ignore[method-assign]
@@ -256,7 +274,7 @@ class _FirstBatch:
 
     def batch(self) -> Any:
         """The batch kept; batch 0 where none was read."""
-        return _copy_containers(self._kept[0] if self._kept else self.task.batch(0))
+        return copy_containers(self._kept[0] if self._kept else self.task.batch(0))
 
     def loss(self) -> Any:
         """The loss on that batch, where the model is. A wrapper that exchanges gradients (DDP) is told not to."""
@@ -265,13 +283,6 @@ class _FirstBatch:
         model = self.task.model
         with getattr(model, "no_sync", contextlib.nullcontext)():
             return self.task.loss(model, to_device(self.batch(), model))
-
-
-def _copy_containers(batch: Any) -> Any:
-    """The same tensors in new dicts, lists and tuples: a loss function may pop its labels out of a batch."""
-    from torch.utils._pytree import tree_map
-
-    return tree_map(lambda leaf: leaf, batch)
 
 
 def _say(note: Note | None, text: str) -> None:

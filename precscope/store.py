@@ -95,7 +95,9 @@ def drop_steps(directory: Path, first: int) -> None:
     import pyarrow.parquet as pq
 
     parts = [
-        (path, kind) for kind in ("stats", "shadow", "truth") for path in sorted(directory.glob(f"{kind}-*.parquet"))
+        (path, kind)
+        for kind in ("stats", "shadow", "truth", "ops")
+        for path in sorted(directory.glob(f"{kind}-*.parquet"))
     ]
     for path, kind in parts:
         table = read_part(path, kind=kind)
@@ -357,8 +359,10 @@ def expand(lo: np.ndarray, lists: pa.ListArray, dtype: type = np.int64) -> np.nd
 
 
 def read_part(path: Path, *, kind: str = "stats") -> pa.Table:
-    """Read one part: kind "stats", "shadow" or "truth". Raises RunDirectoryError where it is truncated, foreign or of a
-    newer schema."""
+    """Read one part: kind "stats", "shadow", "truth" or "ops" (whose columns opstore.py checks).
+
+    Raises RunDirectoryError where it is truncated, foreign or of a newer schema.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -374,7 +378,7 @@ def read_part(path: Path, *, kind: str = "stats") -> pa.Table:
     number = int(metadata[b"precscope.schema"])
     if number > SCHEMA:
         raise RunDirectoryError(f"{path} has schema {number}, this precscope reads up to {SCHEMA}: upgrade precscope")
-    missing = set(part_schema(kind).names) - set(table.column_names)
+    missing = set() if kind == "ops" else set(part_schema(kind).names) - set(table.column_names)
     if missing:
         raise RunDirectoryError(f"{path} lacks the columns {', '.join(sorted(missing))}: {advice}")
     return table

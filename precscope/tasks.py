@@ -43,7 +43,8 @@ class Task:
     parameters; any other function gets the model. forward: (model, batch) -> output, for inference; None means
     model(*batch). after_step: (model, step), called after each optimizer step, e.g. to update an EMA. name: for
     reports. seed: of the order and the augmentation of `batches` where they are an iterable. factory: the function
-    that made the task, set by `TaskRef.make`.
+    that made the task, set by `TaskRef.make`. start_state: parameters and buffers from before `ps.profile` trained the
+    model, on the CPU, for `ps.recommend`; None where it did not, or where they are more than a gigabyte.
 
     Raises TaskError where a part is not what it must be; batches themselves are read later, by `batch`.
     """
@@ -58,6 +59,7 @@ class Task:
     name: str = "task"
     seed: int = 0
     factory: Callable[[], Task] | None = field(default=None, repr=False)
+    start_state: dict[str, torch.Tensor] | None = field(default=None, init=False, repr=False)
     _reader: Reader | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -330,6 +330,48 @@ def test_confirming_leaves_everything_as_it_was(tmp_path):
     assert model.training and not any("forward" in m.__dict__ for m in model.modules())
 
 
+def test_the_task_that_was_profiled_is_tried_as_it_was_and_as_it_is(tmp_path):
+    """Zero inputs make 0/0 in fp16 until the biases have moved: only the state before training shows it."""
+
+    class Unit(nn.Module):
+        def forward(self, x):
+            return F.normalize(x, dim=-1, eps=1e-12)
+
+    class Tower(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.unit, self.head = nn.Linear(16, 32), Unit(), nn.Linear(32, 4)
+            nn.init.zeros_(self.fc.bias)
+
+        def forward(self, x):
+            return self.head(self.unit(self.fc(x)))
+
+    torch.manual_seed(0)
+    x, y = torch.randn(32, 16), (torch.randn(32, 4) > 0).float()
+    x[-2:] = 0
+    task = make_task(Tower(), batches=[(x, y)])
+    before = bits_of(task.model)
+    profile = profiled(task, tmp_path / "run", steps=20)
+    trained = bits_of(task.model)
+    assert not equal(before, trained)
+    plan = ps.recommend(profile, formats=("fp16", "fp32"), task=task, costs="model")
+    assert equal(trained, bits_of(task.model))
+    assert plan.confirmed["states"] == ["trained", "start"]
+    assert "fp32" in {plan["unit"].compute, plan["fc"].compute}
+    fresh = ps.recommend(profile, formats=("fp16", "fp32"), task=make_task(Tower(), batches=[(x, y)]), costs="model")
+    assert "fp32" in {fresh["unit"].compute, fresh["fc"].compute}
+
+
+def test_a_model_that_training_broke_is_tried_as_it_was(tmp_path):
+    task = make_task()
+    profile = profiled(task, tmp_path / "run")
+    with torch.no_grad():
+        task.model.last.weight.fill_(math.nan)
+    plan = ps.recommend(profile, formats=("bf16", "fp32"), task=task, costs="model")
+    assert plan.status == "confirmed" and plan.confirmed["states"] == ["start", "trained"]
+    assert bool(task.model.last.weight.isnan().all())
+
+
 def test_positions_in_bf16_are_found_though_nothing_overflows(tmp_path):
     class Positions(nn.Module):
         def forward(self, t):

@@ -15,8 +15,8 @@ ROOT = Path(precscope.__file__).parent
 
 # From the ground up; a module imports only from rooms before its own (or its own package).
 ORDER = [
-    "errors", "formats", "sites", "histogram", "stats", "reference", "rounding", "kernels", "store", "plans",
-    "profiles", "opstore", "batches", "preservation", "tasks", "attribution", "emulation", "applying", "recording",
+    "errors", "formats", "sites", "histogram", "stats", "reference", "rounding", "kernels", "store", "opstore", "plans",
+    "profiles", "batches", "preservation", "tasks", "attribution", "emulation", "applying", "recording",
     "tracing", "advice", "training", "confirmation", "profiling", "replaying", "comparison", "reporting", "doctor",
     "progress", "demo", "zoo", "bench", "cli",
 ]  # fmt: skip

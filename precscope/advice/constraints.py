@@ -18,6 +18,7 @@ from ..profiles import Profile
 from ..sites import Role, Site
 from ..stats import StatsTable
 from .forecast import required_headroom
+from .inside import hidden_overflows
 from .loss_scale import judge_gradients, largest_scale
 from .measured import Measured
 from .units import ModelGraph, Unit, is_inside
@@ -87,6 +88,9 @@ def judge(
                 continue
             where = verdicts.doubts if reason.code == "censored" else verdicts.forbidden
             where.setdefault((unit, name), []).append(reason)
+        if name not in measured.formats:
+            for unit, reason in hidden_overflows(profile, graph, fmt, policy=policy) if fmt.bits == 16 else ():
+                verdicts.doubts.setdefault((unit, name), []).append(reason)
         for unit, reason in list(_inherited(graph, verdicts, name)) if name not in measured.formats else ():
             verdicts.forbidden.setdefault((unit, name), []).append(reason)
         if fmt.bits <= 8:

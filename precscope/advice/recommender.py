@@ -73,7 +73,7 @@ def recommend(
         modules=modules,
         loss_scale=_loss_scale(profile, graph, solution, limits, policy),
         optimizer=optimizer,
-        made_from=_made_from(profile, names, policy, limits, graph, solution, table, noise),
+        made_from=_made_from(profile, names, policy, limits, graph, solution, table, noise, verdicts),
     )
 
 
@@ -226,6 +226,7 @@ def _made_from(
     solution: Solution,
     costs: CostTable,
     noise: Noise,
+    verdicts: Verdicts,
 ) -> dict[str, Any]:
     flops = {u.name: u.flops for u in graph.units}
     total = sum(flops.values())
@@ -253,7 +254,7 @@ def _made_from(
         }
         if noise.known
         else None,
-        "says": _in_one_sentence(set(solution.choice.values()), policy),
+        "says": _in_one_sentence(set(solution.choice.values()), policy) + _not_looked_at(solution, verdicts),
         "low_precision_flops_share": low / total if total else float("nan"),
     }
 
@@ -262,6 +263,20 @@ def _noisiest(noise: Noise, solution: Solution) -> dict[str, float]:
     """The units that spend most of the budget: unit -> standard deviation of the loss."""
     spent = {u: noise.of(u, f) ** 0.5 for u, f in solution.choice.items()}
     return {u: spent[u] for u in sorted(spent, key=spent.__getitem__, reverse=True)[:5] if spent[u] > 0}
+
+
+def _not_looked_at(solution: Solution, verdicts: Verdicts) -> str:
+    """Which ops inside modules could overflow the chosen format; "" where there are none."""
+    doubts = {
+        unit: next((r for r in verdicts.doubts.get((unit, fmt), ()) if r.code == "inside"), None)
+        for unit, fmt in solution.choice.items()
+    }
+    found = sorted(((r.numbers["amax"], unit, r) for unit, r in doubts.items() if r is not None), reverse=True)
+    if not found:
+        return ""
+    _, unit, reason = found[0]
+    more = f" (and {len(found) - 1} more module{'s' if len(found) > 2 else ''})" if len(found) > 1 else ""
+    return f" Not settled by ranges: {unit or '(root)'}{more}: {reason.text}."
 
 
 def _in_one_sentence(chosen: set[str], policy: str) -> str:

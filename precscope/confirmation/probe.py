@@ -16,6 +16,7 @@ from torch import nn
 from ..applying import apply
 from ..applying.dtypes import DTYPES
 from ..attribution import Attribution
+from ..batches import copy_containers
 from ..plans import PrecisionPlan
 from ..preservation import eager, preserved
 from ..recording.recorder import unwrap
@@ -158,7 +159,7 @@ class Prober:
 
     def _forward_backward(self, batch: Any, around: Any, captured: list[torch.Tensor], scale: int) -> Outcome:
         task, model = self.task, self.model
-        batch = to_device(batch, self.device)
+        batch = to_device(copy_containers(batch), self.device)
         if self.inference:
             with torch.no_grad(), around:
                 output = task.forward(model, batch) if task.forward else _call(model, batch)

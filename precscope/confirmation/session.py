@@ -99,20 +99,33 @@ class Session:
         scale = predicted.loss_scale.get("initial", 2.0**16)
         exponent = int(np.clip(np.floor(np.log2(scale)), -14, 24)) if self.loss_scaling else None
         self.prober = Prober(self.task, policy=self.policy, inference=self.inference, scale_exponent=exponent)
-        started = getattr(self.task, "start_state", None)
-        if started is not None:
-            self.states.adopt("start", started)
-            self.states.keep("trained")
-        else:
-            self.states.keep("start")
-        if not started and self.trial_steps and len(self.batches) > 1:
+        self._begin_states()
+        if self.trial_steps and len(self.batches) > 1:
             self._note(f"training {len(self.batches)} steps in fp32")
+            self.states.go(self.base)
             self.trials["fp32"] = run_trial(self.task, self.batches)
-            if self.trials["fp32"].finite:
+            if self.trials["fp32"].finite and "trained" not in self.states:
                 self.states.keep("trained")
-            self.states.go("start")
+            self.states.go(self.base)
         for state in self.states:
             self._reference(state, 0)
+
+    def _begin_states(self) -> None:
+        """Where `ps.profile` trained this very model, it left what the model was before: then both are tried, unless
+        that training has broken the model. base: the state that trials start from."""
+        self.base = "start"
+        started = self.task.start_state
+        if started is None:
+            self.states.keep("start")
+            return
+        self.states.keep("trained")
+        self.states.adopt("start", started)
+        outcome = self.prober.reference(self.confirming[0])
+        if outcome.error or not outcome.finite:
+            self.states.drop("trained")
+            return
+        self._references["trained", 0] = outcome
+        self.base = "trained"
 
     def _reference(self, state: str, index: int) -> Outcome:
         """fp32 on a batch. Raises TaskError where that does not run."""
@@ -189,7 +202,7 @@ class Session:
             return False
         if fmt not in self._keeps_up:
             self._note(f"training {len(self.batches)} steps in {fmt}")
-            self.states.go("start")
+            self.states.go(self.base)
             got = run_trial(self.task, self.batches, plan=self._plan_of(fmt, high), scaling=self.loss_scaling)
             progress = exact.losses[0] - exact.last
             moved = progress > _PROGRESS * max(map(abs, exact.losses))
@@ -288,9 +301,9 @@ class Session:
         if exact is None or not exact.finite or not _low_formats(plan):
             return None
         self._note(f"training {len(self.batches)} steps with the plan")
-        self.states.go("start")
+        self.states.go(self.base)
         got = run_trial(self.task, self.batches, plan=plan, scaling=self.loss_scaling)
-        self.states.go("start")
+        self.states.go(self.base)
         tolerance = self.yardstick.tolerance
         span = max(self.yardstick.loss_span, max(map(abs, exact.losses)))
         allowed = 2 * tolerance.loss * abs(exact.last) + 2 * tolerance.span * span

@@ -31,6 +31,10 @@ class States:
                 if key in kept and kept[key].shape == tensor.shape:
                     tensor.copy_(kept[key])
 
+    def drop(self, name: str) -> None:
+        """Forget a kept state."""
+        del self._kept[name]
+
     def __contains__(self, name: str) -> bool:
         return name in self._kept
 

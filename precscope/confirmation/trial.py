@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..batches import preserved_rng
+from ..batches import copy_containers, preserved_rng
 from ..plans import PrecisionPlan
 from ..preservation import eager, preserved
 from ..recording.recorder import unwrap
@@ -87,7 +87,7 @@ def run_trial(
             for batch in batches:
                 torch.clear_autocast_cache()  # kept as long as any autocast is around, stale after a step
                 with mode.forward_context():
-                    loss = task.checked_loss(to_device(batch, device))
+                    loss = task.checked_loss(to_device(copy_containers(batch), device))
                 mode.backward(loss)
                 mode.unscale(optimizer)
                 norm = clip(gradients(optimizer), None)

@@ -24,6 +24,7 @@ from torch import nn
 from .. import __version__
 from ..batches import RandomStates
 from ..errors import ModelError, RunDirectoryError, UsageError
+from ..opstore import at_step, write_ops
 from ..preservation import ForcedEager
 from ..store import (
     SCHEMA,
@@ -61,6 +62,7 @@ class Recorder:
         flush_every: int = 10,
         max_calls: int = 16,
         shadow_every: int | Collection[int] | None = None,
+        ops: bool = False,
         on_error: str = "warn",
         exist: str = "error",
         first_step: int = 0,
@@ -78,7 +80,7 @@ class Recorder:
         if not watched_modules(self.model):
             raise ModelError(f"{type(self.model).__name__} has no module that computes: there is nothing to record")
         self.every, self.flush_every, self.on_error = every, flush_every, on_error
-        self.shadow_every = shadow_every
+        self.shadow_every, self.ops = shadow_every, ops
         self._out, self._exist, self._info = Path(out), exist, info or {}
         self._optimizers = _as_list(optimizer)
         self._scaler = scaler
@@ -174,7 +176,8 @@ class Recorder:
 
         Does nothing and returns None in steps that are not recorded or, where `shadow_every` is set, not due. Writes
         shadow-NNNNNN.parquet (statistics and gradient-weighted histograms of fp32 tensors) and truth-NNNNNN.parquet
-        (how far the gradients in .grad are from the fp32 ones; they may still hold the loss scale). Model, gradients,
+        (how far the gradients in .grad are from the fp32 ones; they may still hold the loss scale); with ops=True also
+        ops-NNNNNN.parquet, every op of one more fp32 pass. Model, gradients,
         buffers, generators and ordinary statistics are left as they were. Costs one fp32 step and an extra pass over
         each tensor; keeps a byte for each element of an activation until its gradient arrives.
 
@@ -199,12 +202,16 @@ class Recorder:
         step = ShadowStep(
             self.index, self._gradient_scale, random, watcher.passes_began, others=others, max_calls=self._max_calls
         )
+        closures = [closure] if callable(closure) else list(closure)
         with self.paused():
-            observations, truth = step.run(self.model, [closure] if callable(closure) else list(closure), loss)
+            observations, truth = step.run(self.model, closures, loss)
+            records = step.run_ops(self.model, closures) if self.ops else None
 
         def write() -> None:
             observations.drain(StatsWriter(self.directory, kind="shadow"))
             write_truth(self.directory, truth.columns())
+            if records is not None:
+                write_ops(self.directory, at_step(records, self.index))
 
         self._guarded(write, raising=self.on_error == "raise")
         return truth
@@ -312,6 +319,7 @@ def record(
     flush_every: int = 10,
     max_calls: int = 16,
     shadow_every: int | Collection[int] | None = None,
+    ops: bool = False,
     on_error: str = "warn",
     exist: str = "error",
     first_step: int = 0,
@@ -327,7 +335,8 @@ def record(
     optimizer: one or several; their updates and state are recorded. scaler: the GradScaler (or a number) whose scale
     is divided out of gradients. every: record steps 0, every, 2 every, ... flush_every: recorded steps per part.
     max_calls: call indices kept apart per module and pass. shadow_every: which recorded steps `rec.shadow(...)`
-    takes: multiples of a number, the steps of a collection, or, with None, all in which it is called. on_error:
+    takes: multiples of a number, the steps of a collection, or, with None, all in which it is called. ops: these steps
+    also record the result of every op. on_error:
     "warn" stops recording when the directory cannot be written and lets the run go on; "raise" ends it. exist: see
     prepare_directory. first_step: index of the first step, for resumed runs. info: more keys for run.json.
 
@@ -336,7 +345,7 @@ def record(
     """
     return Recorder(
         model, out, optimizer=optimizer, scaler=scaler, every=every, flush_every=flush_every, max_calls=max_calls,
-        shadow_every=shadow_every, on_error=on_error, exist=exist, first_step=first_step, info=info,
+        shadow_every=shadow_every, ops=ops, on_error=on_error, exist=exist, first_step=first_step, info=info,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ from ..store import CHANGES
 from .observations import Observations, Slot
 from .tensors import dense
 from .watcher import Watcher, _Seen
+
+if TYPE_CHECKING:
+    from ..opstore import OpRecords
 
 Closure = Callable[[], Tensor]
 """Returns the loss (of one micro-batch, divided as in the running step), without backward and without autocast."""
@@ -198,6 +201,26 @@ class ShadowStep:
             alike = self._is_same_work(watcher, any_gradient=any(g is not None for g in running.values()))
             truth = self._compare(watcher, stored, running if alike else {}, total, loss)
         return observations, truth
+
+    def run_ops(self, model: nn.Module, closures: Sequence[Closure]) -> OpRecords:
+        """Run the closures once more in fp32, forward and backward, at op level, with nobody else watching."""
+        from .ops import record_ops
+
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(preserved(model))
+            stack.enter_context(_gradients_kept(self.others))
+            stack.enter_context(_no_accumulate_hooks(model.parameters()))
+            stack.enter_context(suspended(model))
+            ops = stack.enter_context(record_ops(model))
+            for index, closure in enumerate(closures):
+                if index < len(self.random):
+                    self.random[index].put_back()
+                with torch.enable_grad():
+                    loss = closure()
+                _check_loss(loss)
+                loss.backward()
+            return ops.records()
 
     def _backward(self, watcher: ShadowWatcher, closures: Sequence[Closure]) -> Tensor:
         total: Tensor | None = None

@@ -25,6 +25,7 @@ from ..histogram import BINS, EXP_LO
 from ..profiles import Profile
 from ..sites import Role
 from . import numbers
+from .prices import Price
 from .rows import SiteRow, group_rows
 from .view import View, build_view
 
@@ -126,10 +127,10 @@ def embed(content: Any) -> str:
 def payload(view: View) -> dict[str, Any]:
     """What the page's scripts work on. Sites are arrays, in the order that explorer.js (readSite) reads them."""
     modules = list(dict.fromkeys(site.module for site in view.sites))
-    sources = list(dict.fromkeys(site.source for site in view.sites))
+    named = [site.source for site in view.sites] + [p.source for site in view.sites for p in site.prices or ()]
+    sources = list(dict.fromkeys(named))
     index = {name: i for i, name in enumerate(modules)}
     roles = [role.value for role in Role]
-    priced = any(site.weights for site in view.sites)
     scale = view.loss_scale.get("initial")
     present = {site.role for site in view.sites}
     return {
@@ -145,7 +146,8 @@ def payload(view: View) -> dict[str, Any]:
         "modules": modules,
         "sources": sources,
         "steps": view.steps,
-        "sites": [_site(s, index[s.module], roles.index(s.role), sources.index(s.source), priced) for s in view.sites],
+        "shadowSteps": view.shadow_steps,
+        "sites": [_site(s, index[s.module], roles.index(s.role), sources) for s in view.sites],
         "plan": {index[r.module]: [r.compute, r.params, r.reasons] for r in view.plan if r.module in index},
         "baseline": view.baseline,
         "curves": [
@@ -169,14 +171,24 @@ def _format(name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _site(site: SiteRow, module: int, role: int, source: int, priced: bool) -> list[Any]:
+def _site(site: SiteRow, module: int, role: int, sources: list[str]) -> list[Any]:
     """One site as an array; the history as hundredths of log2(amax)."""
     row = [
         module, role, site.call, site.count, site.zeros, site.nonfinite, site.amax, _finite(site.amin_nonzero),
-        _finite(site.sumsq), source, site.source_exponent, site.lo, site.histogram,
+        _finite(site.sumsq), sources.index(site.source), site.source_exponent, site.lo, site.histogram,
         [None if v is None else round(100 * math.log2(v)) for v in site.history], site.broken,
     ]  # fmt: skip
-    return [*row, [float(f"{w:.7g}") for w in site.weights]] if priced and site.weights is not None else row
+    return row if site.prices is None else [*row, [_price(p, sources.index(p.source)) for p in site.prices]]
+
+
+def _price(price: Price, source: int) -> list[Any]:
+    """As explorer.js (readPrice) reads it, without what is 0 at the end; infinite weights as null."""
+    weights = [_finite(float(f"{w:.7g}")) for w in price.weights]
+    rounded = {fmt: float(f"{square:.7g}") for fmt, square in price.rounded.items() if math.isfinite(square)}
+    row = [price.lo, weights, source, price.source_exponent, price.alone, rounded]
+    while len(row) > 2 and not row[-1]:
+        row.pop()
+    return row
 
 
 def _finite(x: float) -> float | None:

@@ -15,6 +15,7 @@ from ..formats import get_format
 from ..histogram import EXP_LO
 from ..profiles import Profile
 from ..sites import Role, Site
+from .prices import Price, site_prices
 
 if TYPE_CHECKING:
     from ..plans import PrecisionPlan
@@ -44,10 +45,9 @@ class Fact:
 class SiteRow:
     """A site and its statistics over all recorded steps.
 
-    histogram: counts from binade 2^lo upwards, trimmed to the filled ones. weights: the gradient-weighted histogram
-    over the same binades, or None where the loss noise is not priced. history: largest magnitude per entry of
-    View.steps, None where the site was not recorded then or was all zero. broken: entries of View.steps with
-    non-finite values.
+    histogram: counts from binade 2^lo upwards, trimmed to the filled ones. prices: what loss noise is told from, None
+    where it is not known. history: largest magnitude per entry of View.steps, None where the site was not recorded then
+    or was all zero. broken: entries of View.steps with non-finite values.
     """
 
     module: str
@@ -63,7 +63,7 @@ class SiteRow:
     source_exponent: int
     lo: int
     histogram: tuple[int, ...]
-    weights: tuple[float, ...] | None = None
+    prices: tuple[Price, ...] | None = None
     history: tuple[float | None, ...] = ()
     broken: tuple[int, ...] = ()
 
@@ -114,15 +114,12 @@ def site_rows(profile: Profile, *, by: str = "site") -> tuple[tuple[int, ...], t
     order = _model_order(profile, sites)
     sites, table = [sites[i] for i in order], table.take(np.asarray(order, np.int64))
     steps, history, broken = _history(profile, sites)
-    filled = table.counts != 0
-    if table.weights is not None:
-        filled |= table.weights != 0
+    prices = site_prices(profile, sites) if by == "site" else [None] * len(sites)
     counts, nonfinite = table.count.tolist(), table.nonfinite.tolist()
     rows = []
     for i, site in enumerate(sites):
-        where = np.flatnonzero(filled[i])
+        where = np.flatnonzero(table.counts[i])
         first, end = (int(where[0]), int(where[-1]) + 1) if len(where) else (0, 0)
-        weights = None if table.weights is None else tuple(table.weights[i, first:end].tolist())
         rows.append(
             SiteRow(
                 module=site.module,
@@ -138,7 +135,7 @@ def site_rows(profile: Profile, *, by: str = "site") -> tuple[tuple[int, ...], t
                 source_exponent=int(table.source_exponent[i]),
                 lo=first + EXP_LO,
                 histogram=tuple(table.counts[i, first:end].tolist()),
-                weights=weights,
+                prices=prices[i],
                 history=tuple(None if v <= 0 else v for v in history[i].tolist()),
                 broken=tuple(np.flatnonzero(broken[i]).tolist()),
             )

@@ -101,7 +101,7 @@ def plan_table(plan: PrecisionPlan | Sequence[PlanRow], *, width: int | None = N
 
 def verdict_text(view: View, *, width: int | None = None) -> str:
     """The verdict and the comparison as text."""
-    width = _width(width)
+    width = line_width(width)
     lines = [view.title, "=" * min(len(view.title), width), *textwrap.wrap(view.subtitle, width), ""]
     lines += [*textwrap.wrap(view.lead, width), ""]
     for s in view.statements:
@@ -168,7 +168,7 @@ def columns(
 ) -> list[str]:
     """Lines of a table. Column 0 holds names and is shortened in the middle where the width does not suffice; column
     `wrap` breaks into lines; all others are printed in full. left: columns that are aligned to the left."""
-    width = _width(width)
+    width = line_width(width)
     rows = [[_clean(c) for c in row] for row in rows]
     sizes = [max(len(h), *(len(r[i]) for r in rows)) if rows else len(h) for i, h in enumerate(head)]
     room = width - 2 * (len(head) - 1) - sum(s for i, s in enumerate(sizes) if i not in (0, wrap))
@@ -194,13 +194,13 @@ def _line(cells: Sequence[str], sizes: Sequence[int], left: Sequence[int]) -> st
     return "  ".join(aligned).rstrip()
 
 
-def _width(width: int | None) -> int:
+def line_width(width: int | None) -> int:
     """The width asked for, else the terminal's between 60 and 120, 80 where there is none."""
     return width if width is not None else min(max(shutil.get_terminal_size((80, 24)).columns, 60), 120)
 
 
 def _wrapped(lines: Iterable[str], width: int | None) -> list[str]:
-    return [part for line in lines for part in textwrap.wrap(_clean(line), _width(width), subsequent_indent="  ")]
+    return [part for line in lines for part in textwrap.wrap(_clean(line), line_width(width), subsequent_indent="  ")]
 
 
 def _clean(text: str) -> str:

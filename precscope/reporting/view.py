@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..profiles import Profile
 from . import headline, verdict
 from .material import Material
+from .prices import priced_steps
 from .provenance import provenance
 from .rows import Curve, Fact, PlanRow, SiteRow, Statement, curve, plan_rows, site_rows
 
@@ -26,7 +27,8 @@ class View:
     """All that a report shows.
 
     steps: recorded steps (the first of each merged group where there were many). format: the format that the what-if
-    explorer opens with. loss_scale: content of the plan's loss_scale. provenance: (heading, ((key, value), ...)).
+    explorer opens with. shadow_steps: how many steps priced rounding. loss_scale: content of the plan's loss_scale.
+    provenance: (heading, ((key, value), ...)).
     confirmed: whether the plan was confirmed by a run of the model; None without a plan.
     """
 
@@ -40,6 +42,7 @@ class View:
     sites: tuple[SiteRow, ...]
     steps: tuple[int, ...]
     format: str
+    shadow_steps: int = 0
     plan: tuple[PlanRow, ...] = ()
     confirmed: bool | None = None
     loss_scale: dict[str, Any] = field(default_factory=dict)
@@ -97,6 +100,7 @@ def build_view(
         sites=sites,
         steps=steps,
         format=headline.main_format(material),
+        shadow_steps=priced_steps(profile),
         plan=rows,
         confirmed=None if plan is None else material.confirmed,
         loss_scale=dict(plan.loss_scale or {}) if plan is not None else {},

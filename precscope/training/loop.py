@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ..batches import RandomStates, seed_everything
+from ..batches import RandomStates, copy_containers, seed_everything
 from ..errors import RunDirectoryError, TaskError, TrainingError, UsageError
 from ..store import prepare_directory
 from ..tasks import Task, TaskRef, make_task
@@ -209,7 +209,7 @@ class Trainer:
 
         def closure(batch: Any) -> Callable[[], torch.Tensor]:
             def again() -> torch.Tensor:
-                loss = self.task.checked_loss(batch)
+                loss = self.task.checked_loss(copy_containers(batch))  # it may be run twice, and may pop its labels
                 return loss / count if count > 1 else loss
 
             return again

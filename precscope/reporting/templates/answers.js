@@ -85,12 +85,35 @@ function moreTies(site, fmt, k, t) {
   return count(column) * (Math.min(first * t.firstCell, 1) - 1 / points);
 }
 
-// site: {counts, lo, count, amax, amin, sumsq, source, sourceExponent, weights}. Returns what Profile.ask returns.
+// Standard deviation of the change of one step's loss: variances of the prices add up. A parameter was also really
+// rounded in each shadow step, unscaled: the mean of these squared changes and of the one of independent errors.
+function lossNoise(prices, fmt, k) {
+  if (!prices) return NaN;
+  let total = 0, known = false;
+  for (const price of prices) {
+    let variance = 0;
+    if (price.alone) {
+      const stays = !overflows(price.alone, fmt, k), squared = roundExactly(price.alone, fmt, k).squared;
+      if (stays) variance = price.weights.reduce((a, w) => a + w, 0) * squared;
+    } else {
+      const error = roundingTable(fmt, k, price.source, price.sourceExponent).error, first = price.lo - EXP_LO;
+      for (let j = 0; j < price.weights.length; j++) variance += price.weights[j] * error[first + j];
+    }
+    const real = k === 0 ? price.rounded[fmt.name] : undefined;
+    if (real !== undefined) variance = (DATA.shadowSteps * real + variance) / (DATA.shadowSteps + 1);
+    if (Number.isNaN(variance)) continue;
+    total += variance;
+    known = true;
+  }
+  return known ? Math.sqrt(total) : NaN;
+}
+
+// site: {counts, lo, count, amax, amin, sumsq, source, sourceExponent, prices}. Returns what Profile.ask returns.
 function ask(site, fmt, k) {
   const t = roundingTable(fmt, k, site.source, site.sourceExponent);
   const counts = site.counts, first = site.lo - EXP_LO;
   let finite = 0, beyond = 0, inTop = 0, flushed = 0, subnormal = 0, flushError = 0;
-  let keptEnergy = 0, keptError = 0, topEnergy = 0, topError = 0, priced = 0;
+  let keptEnergy = 0, keptError = 0, topEnergy = 0, topError = 0;
   for (let j = 0; j < counts.length; j++) {
     const i = first + j, n = counts[j], kept = n - n * t.overflows[i], top = n * t.top[i];
     finite += n;
@@ -103,7 +126,6 @@ function ask(site, fmt, k) {
     keptError += kept * t.error[i];
     topEnergy += top * t.energy[i];
     topError += top * t.error[i];
-    if (site.weights) priced += site.weights[j] * t.error[i];
   }
 
   const ties = moreTies(site, fmt, k, t);
@@ -142,7 +164,7 @@ function ask(site, fmt, k) {
   return {
     overflowLo: lo / elements, overflowHi: hi / elements, flushed: flushed / elements, subnormal: subnormal / elements,
     sqnr: noise > 0 ? 10 * Math.log10(signal / noise) : lo > 0 && lo === finite ? NaN : Infinity,
-    lossNoise: site.weights ? Math.sqrt(priced) : NaN,
+    lossNoise: lossNoise(site.prices, fmt, k),
     room: site.amax > 0 ? Math.log2(fmt.max / site.amax) - k : Infinity,
   };
 }

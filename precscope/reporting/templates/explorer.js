@@ -8,16 +8,20 @@ const state = { format: FORMATS[DATA.choice.format], k: 0, role: DATA.choice.rol
 const sites = DATA.sites.map(readSite);
 
 function readSite(row, index) {
-  const [module, role, call, count, zeros, nonfinite, amax, amin, sumsq, source, sourceExponent, lo, counts, history, broken, weights] = row;
+  const [module, role, call, count, zeros, nonfinite, amax, amin, sumsq, source, sourceExponent, lo, counts, history, broken, prices] = row;
   const owner = DATA.modules[module] || "(root)", times = call ? `#${call}` : "";
   const logs = (history || []).map((v) => (v === null ? null : v / 100));
   const seen = logs.filter((v) => v !== null);
   return {
     index, module, role: DATA.roles[role], call, count, zeros, nonfinite, amax, amin: amin === null ? Infinity : amin, sumsq,
-    source: FORMATS[DATA.sources[source]] || null, sourceName: DATA.sources[source], sourceExponent, lo, counts, weights, broken: broken || [], logs,
+    source: FORMATS[DATA.sources[source]] || null, sourceName: DATA.sources[source], sourceExponent, lo, counts, prices: prices && prices.map(readPrice), broken: broken || [], logs,
     finite: counts.reduce((a, b) => a + b, 0), least: seen.length ? 2 ** Math.min(...seen) : 0,
     short: owner + times, name: `${owner}${times}.${DATA.roles[role]}`, answer: null, word: "",
   };
+}
+
+function readPrice([lo, weights, source = 0, sourceExponent = 0, alone = 0, rounded = {}]) {
+  return { lo, weights: weights.map((w) => (w === null ? Infinity : w)), source: FORMATS[DATA.sources[source]] || null, sourceExponent, alone, rounded };
 }
 
 const badness = (site) => WORDS.indexOf(site.word) * 1e6 + 1e5 * Math.min(site.answer.overflowHi + site.answer.flushed, 1) - Math.max(-500, Math.min(site.answer.room, 500));
@@ -30,7 +34,7 @@ const COLUMNS = [
   { key: "flushed", head: "Flushed", hint: "non-zero values that round to zero", value: (t) => t.answer.flushed, text: (t) => percent(t.answer.flushed) },
   { key: "subnormal", head: "Subnormal", hint: "values that lose bits below the smallest normal", value: (t) => t.answer.subnormal, text: (t) => percent(t.answer.subnormal) },
   { key: "sqnr", head: "SQNR dB", hint: "signal to quantisation noise of what stays in range", value: (t) => -t.answer.sqnr, text: (t) => fixed(t.answer.sqnr) },
-  { key: "noise", head: "Loss noise", hint: "standard deviation of the change of the loss", value: (t) => t.answer.lossNoise, text: (t) => number(t.answer.lossNoise), only: () => sites.some((t) => t.weights) },
+  { key: "noise", head: "Loss noise", hint: "standard deviation of the change of one step's loss if this tensor alone were rounded, priced in shadow steps", value: (t) => t.answer.lossNoise, text: (t) => number(t.answer.lossNoise), only: () => sites.some((t) => t.prices) },
   { key: "room", head: "Head-room", hint: "binades from the largest magnitude to the largest finite value", value: (t) => -t.answer.room, text: (t) => (Number.isFinite(t.answer.room) ? fixed(t.answer.room) : MISSING) },
 ].filter((column) => !column.only || column.only());
 

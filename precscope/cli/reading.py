@@ -1,0 +1,124 @@
+"""Commands that read recorded runs and print or write tables and reports of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import RunDirectoryError, UsageError
+from .printing import (
+    CsvOption,
+    FormatArgument,
+    RowsOption,
+    RunArgument,
+    SkipOption,
+    load,
+    next_command,
+    write_csv,
+    wrote,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def ask(
+    run: RunArgument,
+    format: FormatArgument,
+    scale_exponent: Annotated[int, typer.Option("--scale-exponent", "-k", help="multiply tensors by 2^k first")] = 0,
+    role: Annotated[list[str] | None, typer.Option(help="only this role (may be repeated)")] = None,
+    sort: Annotated[str, typer.Option(help="column to sort by, worst first")] = "overflow_hi",
+    rows: RowsOption = 20,
+    by: Annotated[str, typer.Option(help="site, tensor or module")] = "site",
+    ops: Annotated[bool, typer.Option("--ops", help="of every op's result instead, also inside modules")] = False,
+    csv: CsvOption = None,
+    skip_damaged: SkipOption = False,
+) -> None:
+    """Say what a number format would do to every recorded tensor.
+
+    Example: precscope ask runs/a e5m2 -k 12 --role grad_output
+    """
+    from ..profiles import worst_first
+    from ..reporting.tables import ops_table
+    from ..reporting.text import ask_table
+
+    if ops:
+        if role or by != "site":
+            raise UsageError(f"{'--role' if role else '--by'} does not go with --ops, whose rows are ops: leave it out")
+        table = worst_first(_asked_of_ops(run, format, scale_exponent, skip_damaged), sort)
+        print(ops_table(table.head(rows) if rows else table, total=len(table)))
+    else:
+        loaded = load(run, skip_damaged=skip_damaged)
+        table = worst_first(loaded.ask(format, scale_exponent=scale_exponent, by=by, roles=role), sort)
+        print(ask_table(table.head(rows) if rows else table, total=len(table)))
+    if csv is not None:
+        write_csv(table, csv)
+        wrote(csv, next=f"precscope recommend {run}")
+    else:
+        next_command(f"precscope recommend {run}")
+
+
+def _asked_of_ops(run: Path, format: str, scale_exponent: int, skip_damaged: bool) -> pd.DataFrame:
+    from ..formats import get_format
+    from ..opstore import load_ops
+
+    fmt = get_format(format)
+    records = load_ops(run, skip_damaged=skip_damaged)
+    if not len(records):
+        load(run, skip_damaged=skip_damaged)  # says what is wrong where there is no run at all
+        raise RunDirectoryError(
+            f"{run} holds no op-level records: record them with precscope profile TASK --ops --out DIR, or leave out "
+            "--ops to ask about what modules take and give"
+        )
+    return records.ask(fmt, scale_exponent=scale_exponent)
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="run directories of precscope train")],
+    baseline: Annotated[Path | None, typer.Option(help="run to measure against; default: the first fp32 run")] = None,
+    csv: Annotated[Path | None, typer.Option(help="also write the table to this CSV file")] = None,
+) -> None:
+    """Put training runs side by side: loss, speed, memory, skipped and non-finite steps.
+
+    Example: precscope compare runs/fp32 runs/plan
+    """
+    from ..comparison import compare as run
+
+    result = run(runs, baseline=baseline)
+    print(result)
+    if csv is not None:
+        write_csv(result.table(), csv)
+        wrote(csv)
+    listed = " ".join(f"--run {r}" for r in runs)
+    recorded = next((r for r in runs if any(r.glob("stats-*.parquet"))), "RECORDED_RUN")
+    next_command(f"precscope report {recorded} {listed} --out reports/comparison.html")
+
+
+def report(
+    run: RunArgument,
+    plan: Annotated[Path | None, typer.Option(help="plan.json to explain")] = None,
+    runs: Annotated[list[Path] | None, typer.Option("--run", help="training run to compare (may be repeated)")] = None,
+    out: Annotated[Path, typer.Option(help="HTML file to write")] = Path("reports/report.html"),
+    title: Annotated[str | None, typer.Option(help="heading of the report")] = None,
+    text: Annotated[bool, typer.Option("--text", help="print it as text instead")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="print it as Markdown instead")] = False,
+    skip_damaged: SkipOption = False,
+) -> None:
+    """Write a self-contained HTML report of a recorded run.
+
+    Example: precscope report runs/a --plan plan.json --out reports/a.html
+    """
+    from ..reporting import report as write
+    from ..reporting.text import markdown as as_markdown
+    from ..reporting.text import verdict_text
+    from ..reporting.view import build_view
+
+    loaded = load(run, skip_damaged=skip_damaged)
+    if text or markdown:
+        view = build_view(loaded, plan=plan, runs=runs or (), title=title)
+        print(as_markdown(view) if markdown else verdict_text(view))
+        return
+    written = write(loaded, plan=plan, runs=runs or (), out=out, title=title)
+    wrote(written, next=f"open {written}")

@@ -1,0 +1,141 @@
+"""Commands that run a model: record it, train it, trace one of its steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import UsageError
+from .printing import OverwriteOption, SeedOption, TaskArgument, exist, next_command, progress, say, wrote
+
+
+def profile(
+    task: TaskArgument,
+    out: Annotated[Path, typer.Option(help="run directory to write")] = Path("runs/profile"),
+    steps: Annotated[int, typer.Option(help="optimizer steps to train")] = 50,
+    precision: Annotated[str, typer.Option(help="fp32, tf32, bf16 or fp16 (autocast)")] = "bf16",
+    every: Annotated[int, typer.Option(help="record every N-th step")] = 10,
+    shadow_every: Annotated[
+        str, typer.Option(help="run every N-th step in fp32 too, to price rounding: a number, auto (three) or none")
+    ] = "auto",
+    infer: Annotated[bool, typer.Option("--infer", help="run the model without training it; --steps are batches")] = (
+        False
+    ),
+    accumulate: Annotated[int | None, typer.Option(help="micro-batches per optimizer step; default: 1")] = None,
+    lr: Annotated[float | None, typer.Option(help="peak learning rate; default: the trainer's")] = None,
+    seed: SeedOption = 0,
+    costs: Annotated[bool, typer.Option(help="also measure what each module costs in each format")] = True,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Train a task for some steps and record the ranges of all its tensors.
+
+    Example: precscope profile gpt --steps 50 --precision bf16 --out runs/a
+    """
+    from ..profiling import profile as run
+
+    settings: dict[str, Any] = {"accumulate": accumulate, "lr": lr}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if infer and settings:
+        raise UsageError(f"--{next(iter(settings))} is for training: leave it out, or leave out --infer")
+    with progress() as shown:
+        result = run(
+            task, out=out, steps=steps, precision=precision, every=every, train=not infer, seed=seed, costs=costs,
+            shadow_every=_shadow_every(shadow_every), exist=exist(overwrite),
+            progress=None if infer else shown.run(f"profile {task}"), note=shown.note, **settings,
+        )  # fmt: skip
+    print(result)
+    wrote(out, next=f"precscope ask {out} fp16, or precscope recommend {out}" + (f" --task {task}" if infer else ""))
+
+
+def _shadow_every(text: str) -> int | str | None:
+    """What --shadow-every says, as ps.profile takes it. Raises UsageError for other words than auto and none."""
+    if text in ("auto", "none"):
+        return None if text == "none" else text
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(
+            f"--shadow-every takes a number of steps of at least 1, auto (the first, the middle and the last recorded "
+            f"step) or none, not {text!r}"
+        ) from None
+
+
+def train(
+    task: TaskArgument,
+    out: Annotated[Path, typer.Option(help="run directory to write")] = Path("runs/train"),
+    plan: Annotated[Path | None, typer.Option(help="plan.json to train with")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 (default), tf32, bf16 or fp16, where no plan is")] = None,
+    steps: Annotated[int, typer.Option(help="optimizer steps")] = 500,
+    lr: Annotated[float | None, typer.Option(help="peak learning rate; default: the trainer's")] = None,
+    schedule: Annotated[str, typer.Option(help="cosine, linear, constant or none")] = "cosine",
+    accumulate: Annotated[int, typer.Option(help="micro-batches per optimizer step")] = 1,
+    grad_clip: Annotated[float, typer.Option(help="largest gradient norm; 0 for no clipping")] = 1.0,
+    eval_every: Annotated[int | None, typer.Option(help="steps between evaluations")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="steps between checkpoints")] = None,
+    shadow_every: Annotated[
+        int | None, typer.Option(help="run every N-th step in fp32 too and record both: what precision does to it")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint in --out")] = False,
+    seed: SeedOption = 0,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Train a task, in one precision or with a plan.
+
+    Example: precscope train gpt --plan plan.json --steps 200 --out runs/plan
+    """
+    from ..training import train as run
+
+    with progress() as shown:
+        result = run(
+            task, out=out, plan=plan, precision=precision, steps=steps, lr=lr, schedule=schedule,
+            accumulate=accumulate, grad_clip=grad_clip or None, eval_every=eval_every,
+            checkpoint_every=checkpoint_every, shadow_every=shadow_every, resume=resume, seed=seed,
+            exist="append" if resume else exist(overwrite), progress=shown.run(f"train {task}"),
+        )  # fmt: skip
+    from ..comparison import compare as table
+
+    print(table([out]))
+    for text in result.notes:
+        say(text)
+    twin = f"precscope train {task} --precision fp32 --steps {steps} --out runs/fp32"
+    planned = f"precscope train {task} --plan plan.json --steps {steps} --out runs/plan"
+    base = Path("runs/fp32")
+    if out == base:
+        wrote(out, next=planned)
+    else:
+        wrote(out, next=f"precscope compare {base} {out}" if base.is_dir() else twin)
+
+
+def trace(
+    task: TaskArgument,
+    precision: Annotated[str | None, typer.Option(help="fp16 (default), bf16, fp32 or tf32, where no plan is")] = None,
+    plan: Annotated[Path | None, typer.Option(help="plan.json to run the step with")] = None,
+    step: Annotated[int, typer.Option(help="whose batch, from 0")] = 0,
+    scale: Annotated[float | None, typer.Option(help="loss scale; default: the precision's initial one")] = None,
+    run: Annotated[Path | None, typer.Option(help="training run whose newest checkpoint gives the weights")] = None,
+    save: Annotated[Path | None, typer.Option(help="file to keep the step in, for --replay")] = None,
+    replay: Annotated[Path | None, typer.Option(help="run a saved step twice instead: reproducible or not?")] = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Run one training step and name the first op that makes inf or NaN: module, line, ranges, likely cause.
+
+    Example: precscope trace my_task.py:make --precision fp16 --save step.pt
+    """
+    from ..replaying import replay as again
+    from ..replaying import trace_step
+
+    if replay is not None:
+        print(again(replay, task))
+        next_command(f"precscope profile {task} --precision fp16")
+        return
+    result = trace_step(task, precision=precision, plan=plan, step=step, scale=scale, seed=seed, run=run, save=save)
+    print(result)
+    for text in result.notes:
+        say(text)
+    smaller = f"precscope trace {task} --precision {result.precision} --scale {result.scale / 16:g}"
+    if save is not None:
+        wrote(save, next=f"precscope trace {task} --replay {save}")
+    else:
+        next_command(smaller if result.by_scale and plan is None else f"precscope profile {task} --precision fp16")
