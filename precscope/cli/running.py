@@ -20,6 +20,7 @@ def profile(
     shadow_every: Annotated[
         str, typer.Option(help="run every N-th step in fp32 too, to price rounding: a number, auto (three) or none")
     ] = "auto",
+    ops: Annotated[bool, typer.Option(help="shadow steps also record every op: precscope ask RUN FORMAT --ops")] = True,
     infer: Annotated[bool, typer.Option("--infer", help="run the model without training it; --steps are batches")] = (
         False
     ),
@@ -42,7 +43,7 @@ def profile(
     with progress() as shown:
         result = run(
             task, out=out, steps=steps, precision=precision, every=every, train=not infer, seed=seed, costs=costs,
-            shadow_every=_shadow_every(shadow_every), exist=exist(overwrite),
+            shadow_every=_shadow_every(shadow_every), ops=ops, exist=exist(overwrite),
             progress=None if infer else shown.run(f"profile {task}"), note=shown.note, **settings,
         )  # fmt: skip
     print(result)

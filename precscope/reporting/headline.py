@@ -136,5 +136,9 @@ def _tightest(material: Material) -> tuple[float, FloatFormat, str] | None:
         frame = frame[frame.amax > 0]
         if len(frame):
             worst = frame.loc[frame.amax.idxmax()]
-            found.append((head_room(fmt, worst.amax), fmt, site_name(worst)))
+            room, site = head_room(fmt, worst.amax), site_name(worst)
+            maker = next(iter(material.nearest(fmt)), None)
+            if maker is not None and maker.binades - room < 0.25:  # name what makes the value, not what hands it on
+                room, site = maker.binades, str(maker.site)
+            found.append((room, fmt, site))
     return min(found, key=lambda f: f[0], default=None)

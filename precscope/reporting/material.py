@@ -17,6 +17,7 @@ from .rows import PlanRow
 if TYPE_CHECKING:
     import pandas as pd
 
+    from ..advice.headroom import Headroom
     from ..comparison import RunRow
     from ..plans import PrecisionPlan
 
@@ -79,6 +80,17 @@ class Material:
         if self.plan is not None and self.low:
             frame = frame[frame.module.isin({r.module for r in self.rows if r.compute == fmt.name})]
         return frame
+
+    def nearest(self, fmt: FloatFormat) -> list[Headroom]:
+        """The forward sites by their head-room in `fmt`, least first, of the modules that the plan runs in it where
+        there is a plan. What a large value only passes through is left out, see advice.headroom."""
+        from ..advice.headroom import headroom
+
+        found = headroom(self.profile, fmt, roles=(Role.OUTPUT, Role.INPUT, Role.WEIGHT), limit=None)
+        if self.plan is None or not self.low:
+            return found
+        chosen = {r.module for r in self.rows if r.compute == fmt.name}
+        return [h for h in found if h.site.module in chosen]
 
 
 def head_room(fmt: FloatFormat, amax: float) -> float:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..formats import get_format
+from ..formats import FloatFormat, get_format
 from ..plans.table import confirmation_of
 from .material import FORWARD, GRADIENTS, WIDE, Material, head_room, known, listed, overall, signed, site_name
 from .numbers import bytes_text, figure, fixed, number, percent, plural
 from .rows import PlanRow, Statement, group_rows
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 _LISTED = 6  # groups of modules that the verdict names; the plan table has all
+_USE = ("Use the plan in your own loop", 'with ps.apply(ps.PrecisionPlan.load("plan.json"), model): ...')
 _TIGHT = 2.0  # binades of head-room below which a site is worth a word
 
 
@@ -20,7 +25,7 @@ def statements(material: Material) -> tuple[Statement, ...]:
     """The verdict's sentences, most important first."""
     found = [
         _damaged(material), _nonfinite(material), _measured(material), _kept_high(material), _ranges(material),
-        _gradients(material), _scale(material), _status(material),
+        _noise(material), _gradients(material), _scale(material), _optimizer(material), _status(material),
     ]  # fmt: skip
     return tuple(s for s in found if s is not None)
 
@@ -112,23 +117,40 @@ def _ranges(material: Material) -> Statement | None:
                 f"{fmt}: {plural(len(bad), 'tensor')} of {len(frame)} beyond its largest value {number(fmt.max)}; "
                 f"{site_name(worst)} reaches {number(worst.amax)}, {fixed(-head_room(fmt, worst.amax))} binades too far"
             )
+            lines += _near_the_end(material, fmt, besides=site_name(worst))
         elif frame.amax.max() > 0:
-            worst = frame.loc[frame.amax.idxmax()]
-            room = head_room(fmt, worst.amax)
-            kind = "care" if room < _TIGHT and kind == "good" else kind
-            said = f"{fmt}: every tensor fits; the largest is {site_name(worst)} with {number(worst.amax)}, "
-            said += f"{fixed(room)} binades below {number(fmt.max)}"
-            if fmt.emax >= WIDE:
-                said = f"{fmt} has the range of fp32, every tensor fits; the largest magnitude is {number(worst.amax)}"
-            lossy = frame[np.isfinite(frame.sqnr_db)]
-            if len(lossy):
-                noisiest = lossy.loc[lossy.sqnr_db.idxmin()]
-                said += f"; the lowest SQNR is {fixed(noisiest.sqnr_db)} dB ({site_name(noisiest)})"
-            lines.append(said)
+            near = _near_the_end(material, fmt)
+            tight = bool(near) or head_room(fmt, frame.amax.max()) < _TIGHT
+            kind = "care" if tight and kind == "good" else kind
+            lines += [_fitting(fmt, frame, largest=not near), *near]
     if not lines:
         return None
     where = " of the modules that run low," if material.low else ""
     return Statement(kind, f"Inputs, outputs and weights{where} against the largest finite value:", tuple(lines))
+
+
+def _fitting(fmt: FloatFormat, frame: pd.DataFrame, *, largest: bool) -> str:
+    """A line on a format that holds every tensor. largest: whether to name the largest one."""
+    worst = frame.loc[frame.amax.idxmax()]
+    said = f"{fmt}: every tensor fits"
+    if fmt.emax >= WIDE:
+        said = f"{fmt} has the range of fp32, every tensor fits; the largest magnitude is {number(worst.amax)}"
+    elif largest:
+        said += f"; the largest is {site_name(worst)} with {number(worst.amax)}, "
+        said += f"{fixed(head_room(fmt, worst.amax))} binades below {number(fmt.max)}"
+    lossy = frame[np.isfinite(frame.sqnr_db)]
+    if len(lossy):
+        noisiest = lossy.loc[lossy.sqnr_db.idxmin()]
+        said += f"; the lowest SQNR is {fixed(noisiest.sqnr_db)} dB ({site_name(noisiest)})"
+    return said
+
+
+def _near_the_end(material: Material, fmt: FloatFormat, *, besides: str = "") -> list[str]:
+    """The sites beyond the end of a format or within `_TIGHT` binades of it, nearest to overflow first."""
+    if fmt.emax >= WIDE:
+        return []
+    near = [h for h in material.nearest(fmt) if h.binades < _TIGHT and str(h.site) != besides]
+    return [*map(str, near[:_LISTED]), *_more(len(near), "such site")]
 
 
 def _gradients(material: Material) -> Statement | None:
@@ -171,6 +193,30 @@ def _scale(material: Material) -> Statement | None:
     return Statement("good", text)
 
 
+def _noise(material: Material) -> Statement | None:
+    """What the plan's rounding does to the loss, against what is allowed."""
+    noise = material.plan.made_from.get("loss_noise") if material.plan is not None else None
+    if not noise or not known(noise.get("plan")) or not known(noise.get("budget")):
+        return None
+    plan, budget, spread = noise["plan"], noise["budget"], noise.get("spread_over_batches")
+    within = plan <= budget
+    text = f"Rounding moves the loss of a step by {number(plan)} (standard deviation, priced in shadow steps), "
+    text += f"{'within' if within else 'more than'} the {number(budget)} that is allowed"
+    text += f"; from batch to batch it differs by {number(spread)}" if known(spread) else ""
+    largest = list((noise.get("largest") or {}).items())[:3]
+    spent = [f"{name or '(root)'} ({number(std)})" for name, std in largest if std > 0]
+    text += f". Most of it is made by {listed(spent)}" if spent and plan > 0 else ""
+    return Statement("good" if within else "care", text + ".")
+
+
+def _optimizer(material: Material) -> Statement | None:
+    warnings = material.plan.optimizer.get("warnings") if material.plan is not None else None
+    if not warnings:
+        return None
+    items = tuple(map(str, warnings[:_LISTED])) + _more(len(warnings), "warning")
+    return Statement("care", "The optimizer needs care where parameters or its state are in low precision:", items)
+
+
 def _status(material: Material) -> Statement | None:
     if material.plan is None:
         return None
@@ -191,6 +237,8 @@ def next_step(material: Material) -> tuple[str, str]:
     task = task if ":" in task or task == "gpt" else "TASK"
     if material.plan is None:
         return "Make a plan from this run", f"precscope recommend {path} --out plan.json"
+    if material.profile.run.get("mode") == "inference":
+        return _USE
     if material.plan_run is None:
         return "Train with the plan", f"precscope train {task} --plan plan.json --out runs/plan"
     base = material.base_run
@@ -200,7 +248,7 @@ def next_step(material: Material) -> tuple[str, str]:
         known(material.plan_run.eval_change) and material.plan_run.eval_change > 0.01
     ):
         return "Look where the run went wrong: record it with the plan", f"precscope profile {task} --out runs/again"
-    return "Use the plan in your own loop", 'with ps.apply(ps.PrecisionPlan.load("plan.json"), model): ...'
+    return _USE
 
 
 def _more(n: int, word: str) -> tuple[str, ...]:
