@@ -16,7 +16,7 @@ import numpy as np
 from .errors import RunDirectoryError
 from .formats import FloatFormat, get_format
 from .stats import StatsTable
-from .store import _array, _trim, expand, replacing
+from .store import arrow_array, expand, replacing, trim
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -131,7 +131,7 @@ def write_ops(directory: str | Path, records: OpRecords) -> Path:
     numbers = [int(p.stem.partition("-")[2]) for p in directory.glob("ops-*.parquet")]
     path = directory / f"ops-{max(numbers, default=-1) + 1:06d}.parquet"
     table = records.table
-    lo, hist = _trim(table.counts)
+    lo, hist = trim(table.counts)
     columns: dict[str, Any] = {name: [getattr(s, name) for s in records.sites] for name in OpSite._fields}
     columns |= {name: getattr(table, name) for name in (*_INTEGERS, *_FLOATS, "count", "source_exponent")}
     columns |= {
@@ -139,7 +139,7 @@ def write_ops(directory: str | Path, records: OpRecords) -> Path:
         "loss_scale": records.loss_scale, "hist_lo": lo, "hist": hist,
     }  # fmt: skip
     schema = ops_schema()
-    arrays = [hist if f.name == "hist" else _array(columns[f.name], f.type) for f in schema]
+    arrays = [hist if f.name == "hist" else arrow_array(columns[f.name], f.type) for f in schema]
     with replacing(path) as temporary:
         pq.write_table(pa.Table.from_arrays(arrays, schema=schema), temporary, compression="zstd")
     return path

@@ -20,30 +20,40 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
     Parameters themselves are not copied: what runs inside must not change them.
     """
-    import torch
 
-    owned = {m: dict(m._buffers) for m in model.modules()}
-    values = {b: b.detach().clone() for b in model.buffers()}
     gradients = {p: p.grad for p in model.parameters()}
-    modes = {m: m.training for m in owned}
-    with preserved_rng(cuda=True):
+    modes = {m: m.training for m in model.modules()}
+    with preserved_rng(cuda=True), preserved_buffers(model):
         for parameter in gradients:
             parameter.grad = None
         try:
             yield
         finally:
-            for module, buffers in owned.items():
-                module._buffers.clear()
-                module._buffers.update(buffers)
-            with torch.no_grad():
-                for buffer, old in values.items():
-                    if buffer.shape != old.shape:
-                        buffer.resize_(old.shape)
-                    buffer.copy_(old)
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
             for module, training in modes.items():
                 module.training = training
+
+
+@contextlib.contextmanager
+def preserved_buffers(model: nn.Module) -> Iterator[None]:
+    """Restore the buffers on exit: their values, and where one was re-assigned, the tensor that was there."""
+    import torch
+
+    scripted = torch.jit.ScriptModule  # keeps its buffers elsewhere, and cannot re-assign them
+    owned = {m: dict(m._buffers) for m in model.modules() if not isinstance(m, scripted)}
+    values = {b: b.detach().clone() for b in model.buffers()}
+    try:
+        yield
+    finally:
+        for module, buffers in owned.items():
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, old in values.items():
+                if buffer.shape != old.shape:
+                    buffer.resize_(old.shape)
+                buffer.copy_(old)
 
 
 class ForcedEager:

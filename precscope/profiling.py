@@ -118,7 +118,7 @@ def shadow_steps(wanted: Collection[int] | int | str | None, *, steps: int, ever
 
 def _start_state(model: Any) -> dict[str, Any] | None:
     """Copies of parameters and buffers on the CPU; None where they are larger than `_KEPT_BYTES`."""
-    from .recording.recorder import unwrap
+    from .attribution import unwrap
 
     own = unwrap(model)
     tensors = [*own.named_parameters(), *own.named_buffers()]
@@ -229,8 +229,8 @@ def measure_costs(
     """
     from .advice.cost import save
     from .advice.measurement import measure
+    from .attribution import unwrap
     from .preservation import preserved
-    from .recording.recorder import unwrap
 
     if note is not None:
         note("measuring what each module costs in each format")

@@ -241,7 +241,7 @@ class StatsWriter:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        lo, hist = _trim(table.counts)
+        lo, hist = trim(table.counts)
         ratio_rows = [ratios.get(i) for i in range(len(sites))]
         trimmed = [_trim_one(r[0]) if r else None for r in ratio_rows]
         columns: dict[str, Any] = {
@@ -274,7 +274,7 @@ class StatsWriter:
                 columns[f"change_{fmt}"] = [changes[i][number] if i in changes else None for i in range(len(sites))]
         schema = part_schema(self.kind)
         arrays = [
-            columns[f.name] if isinstance(columns[f.name], pa.Array) else _array(columns[f.name], f.type)
+            columns[f.name] if isinstance(columns[f.name], pa.Array) else arrow_array(columns[f.name], f.type)
             for f in schema
         ]
         path = self.directory / f"{self.kind}-{self._next:06d}.parquet"
@@ -292,13 +292,14 @@ def write_truth(directory: Path, columns: dict[str, Any]) -> Path:
     taken = [int(p.stem.split("-")[1]) for p in directory.glob("truth-*.parquet")]
     path = directory / f"truth-{max(taken, default=0) + 1:06d}.parquet"
     schema = part_schema("truth")
-    table = pa.Table.from_arrays([_array(columns[f.name], f.type) for f in schema], schema=schema)
+    table = pa.Table.from_arrays([arrow_array(columns[f.name], f.type) for f in schema], schema=schema)
     with replacing(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
     return path
 
 
-def _array(values: Any, kind: pa.DataType) -> pa.Array:
+def arrow_array(values: Any, kind: pa.DataType) -> pa.Array:
+    """`values` as an Arrow array of that type; text in dictionaries where the type says so."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(kind):
@@ -306,7 +307,7 @@ def _array(values: Any, kind: pa.DataType) -> pa.Array:
     return pa.array(values, kind)
 
 
-def _trim(counts: np.ndarray) -> tuple[np.ndarray, pa.Array]:
+def trim(counts: np.ndarray) -> tuple[np.ndarray, pa.Array]:
     """Histograms int64[S, BINS] as (first filled binade int16[S], Arrow list<int64>[S] up to the last filled one)."""
     import pyarrow as pa
 

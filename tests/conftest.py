@@ -25,12 +25,15 @@ def _remember(self, *args, **kwargs):
 
 
 torch.nn.Module.__init__ = _remember
+_autocast = (torch.autocast.__init__, torch.autocast.__enter__, torch.autocast.__exit__)
 
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
-    """No module hook, no replaced forward, no dispatch mode and no autocast may outlive a test."""
+    """No module hook, no replaced forward, no dispatch mode, no autocast and no change to it may outlive a test."""
     yield
+    now = (torch.autocast.__init__, torch.autocast.__enter__, torch.autocast.__exit__)
+    assert now == _autocast, "torch.autocast was left changed"
     assert _get_current_dispatch_mode() is None, "a dispatch mode was left on"
     assert not torch.is_autocast_enabled("cpu"), "autocast was left on"
     assert not torch.nn.modules.module._global_forward_hooks, "a global forward hook was left behind"

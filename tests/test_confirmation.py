@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import precscope as ps
-from precscope.confirmation.explanation import explain
+from precscope.confirmation.explanation import _Result, explain, percent
 from precscope.confirmation.judgement import Judgement, Yardstick
 from precscope.confirmation.probe import Outcome, Prober
 from precscope.confirmation.search import find_high
@@ -438,3 +438,244 @@ def test_wrong_counts_are_refused(tmp_path):
 
 def test_an_explanation_needs_a_difference():
     assert explain([], [], "fp16") is None
+
+
+def test_an_ulp_is_not_given_beyond_the_end_of_the_format():
+    exact, low = _result("mm", [3e11, 1e11], 2e11), _result("mm", [65504.0, 65504.0], 65504.0)
+    text = explain([exact], [low], "fp16").text
+    assert "fp16 ends at 65504" in text and "ulp" not in text
+
+
+def test_a_variance_that_became_negative_is_not_blamed_on_eps():
+    exact = _result("rsqrt", [1.0, 2.0], 1.0, input_min=0.25)
+    low = _result("rsqrt", [math.nan, 2.0], 1.0, input_min=-0.5)
+    explanation = explain([exact], [low], "bf16")
+    assert "takes values down to -0.5" in explanation.text
+    assert "eps" not in explanation.fix and "clamp at 0" in explanation.fix
+
+
+def test_values_that_a_mask_made_infinite_are_no_amax():
+    exact = _result("add", [5.0, -math.inf, 4.0], 5.0)
+    low = _result("add", [4.0, -math.inf, 5.0], 5.0)
+    explanation = explain([exact], [low], "bf16")
+    assert explanation.numbers["output_amax"] == 5.0 and "inf" not in explanation.text
+
+
+def test_large_shares_are_told_as_factors():
+    assert (percent(0.123), percent(9.99), percent(80893.04)) == ("12%", "999%", "8.09e+04 times")
+    assert percent(0.1234, "its size", digits=1) == "12.3% of its size"
+    assert percent(506.0, "its size") == "506 times its size"
+
+
+def test_a_result_that_is_zero_in_fp32_has_no_relative_error():
+    text = explain([_result("mm", [0.0, 0.0], 27.0)], [_result("mm", [0.0, 3.0], 27.0)], "bf16").text
+    assert "in bf16 they are up to 3" in text and "%" not in text
+
+
+def _result(op, values, input_amax, input_min=0.0):
+    return _Result(op, "forward", torch.tensor(values), input_amax, True, input_min)
+
+
+# models that are well, and look otherwise
+
+
+def test_a_masked_output_is_no_reason_to_refuse_and_hides_nothing(tmp_path):
+    class Masked(Net):
+        def forward(self, x):
+            return torch.cat([super().forward(x), x[:, :4]], 1).masked_fill(torch.arange(8) >= 4, -math.inf)
+
+    def make(size=1.0):
+        task = make_task(Masked(size))
+        task.loss = lambda m, b: F.binary_cross_entropy_with_logits(m(b[0]).float()[:, :4], b[1])
+        return task
+
+    plan = recommended(make, tmp_path / "a", ("fp16", "fp32"))
+    assert plan.status == "confirmed" and {plan[n].compute for n in ("first", "norm", "last")} == {"fp16"}
+    plan = recommended(lambda: make(3e3), tmp_path / "b", ("fp16", "fp32"))
+    assert {n for n in ("first", "norm", "last") if plan[n].compute == "fp32"} == {"norm"}
+
+
+def test_infinities_of_the_output_must_be_where_fp32_has_them():
+    exact = Outcome(outputs=torch.tensor([1.0, -math.inf, 3.0]))
+    judge = Yardstick(Tolerance()).judge
+    assert judge(exact, Outcome(outputs=torch.tensor([1.0, -math.inf, 3.0]))).passed
+    for bad in ([1.0, -math.inf, math.inf], [1.0, 0.0, 3.0], [1.0, math.inf, 3.0], [math.nan, -math.inf, 3.0]):
+        assert judge(exact, Outcome(outputs=torch.tensor(bad))).score == math.inf
+
+
+def test_outputs_of_another_size_are_told():
+    judged = Yardstick(Tolerance()).judge(Outcome(outputs=torch.ones(3)), Outcome(outputs=torch.ones(2)))
+    assert not judged.passed and "the output has 2 values, in fp32 3" in judged.text and "forward=" in judged.text
+
+
+def test_integers_of_the_output_are_compared_one_by_one():
+    exact = Outcome(outputs=torch.tensor([0.0, 900.0, 3.0, 4.0] * 25), discrete=True)
+    one = exact.outputs.clone()
+    one[1] = 0.0
+    judge = Yardstick(Tolerance()).judge
+    assert judge(exact, Outcome(outputs=one)).passed
+    judged = judge(exact, Outcome(outputs=exact.outputs.roll(1)))
+    assert not judged.passed and "of the output's integers differ" in judged.text
+
+
+def test_a_gradient_of_zero_is_measured_against_all_gradients():
+    exact, judge = outcome(1.0, w=[0.0, 0.0], v=[1.0]), Yardstick(Tolerance()).judge
+    assert judge(exact, outcome(1.0, w=[1e-6, 0.0], v=[1.0])).passed
+    assert not judge(exact, outcome(1.0, w=[0.9, 0.0], v=[1.0])).passed
+    assert judge(outcome(1.0, w=[0.0]), outcome(1.0, w=[0.1])).score == math.inf
+
+
+def test_a_recorded_gradient_that_is_not_finite_acquits_nothing():
+    exact, low = outcome(1.0, w=[1.0, 0.0]), outcome(1.0, w=[0.0, 1.0])
+    assert not Yardstick(Tolerance(), gradients={"w": math.inf}).judge(exact, low).passed
+
+
+def test_an_untrained_model_that_says_nearly_the_same_of_everything_may_be_low(tmp_path):
+    """A detector's last layer begins at the logarithm of the prior: its outputs differ by less than an ulp of bf16."""
+
+    def make():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+        nn.init.normal_(model[2].weight, std=0.01)
+        nn.init.constant_(model[2].bias, -4.6)
+        return make_task(model)
+
+    plan = recommended(make, tmp_path / "run", ("bf16", "fp32"))
+    assert plan.status == "confirmed" and {plan[n].compute for n in ("0", "1", "2")} == {"bf16"}
+
+
+# what a user's model and task may be like
+
+
+def test_what_modules_keep_in_plain_attributes_is_as_before(tmp_path):
+    class Cached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cache, self.calls, self.seen, self.kinds = None, 0, {"first": 1}, [0]
+
+        def forward(self, x):
+            self.calls += 1
+            self.seen[x.dtype] = self.late = x.detach()
+            self.kinds.append(x.dtype)
+            if self.cache is None or self.cache.dtype != x.dtype:
+                self.cache = torch.linspace(0, 1, 16).to(x.dtype)
+            return x * self.cache
+
+    def make():
+        return make_task(nn.Sequential(nn.Linear(16, 16), Cached(), nn.Linear(16, 4)))
+
+    profile, task = profiled(make(), tmp_path / "run"), make()
+    seen = task.model[1].seen
+    plan = ps.recommend(profile, formats=("bf16", "fp32"), task=task, costs="model")
+    cached = task.model[1]
+    assert plan.status == "confirmed"
+    assert (cached.cache, cached.calls, cached.seen, cached.kinds) == (None, 0, {"first": 1}, [0])
+    assert cached.seen is seen and not hasattr(cached, "late")
+
+
+def test_trials_with_the_tasks_own_optimizer_start_equal_and_leave_it_as_it_was():
+    torch.manual_seed(0)
+    task = make_task()
+    optimizer = task.optimizer = torch.optim.Adam(task.model.parameters(), lr=1e-2)
+    batches = [task.batch(i) for i in range(6)]
+    for batch in batches:
+        optimizer.zero_grad()
+        task.loss(task.model, batch).backward()
+        optimizer.step()
+    held = {p: dict(s) for p, s in optimizer.state.items()}
+    values = copy.deepcopy([list(s.values()) for s in held.values()])
+    state = bits_of(task.model)
+    with state_kept(task):
+        first = run_trial(task, batches)
+        task.model.load_state_dict(state)
+        second = run_trial(task, batches)
+    assert first.losses == second.losses
+    assert equal(state, bits_of(task.model))
+    for (parameter, kept), old in zip(held.items(), values, strict=True):
+        assert all(optimizer.state[parameter][k] is v for k, v in kept.items())
+        assert all(torch.equal(v, o) for v, o in zip(kept.values(), old, strict=True))
+
+
+def test_a_plan_of_fp8_and_fp32_is_really_tried(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        return make_task(nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)))
+
+    plan = recommended(make, tmp_path / "run", ("e4m3", "fp32"))
+    assert "e4m3" in {layer.compute for layer in plan.modules.values()}
+    assert plan.status == "confirmed" and plan.confirmed["score"] > 0
+    assert plan.confirmed["trial"]["loss_plan"] != plan.confirmed["trial"]["loss_fp32"]
+
+
+def test_what_bf16_is_too_coarse_for_is_not_given_fp8(tmp_path):
+    class Cancels(nn.Linear):
+        """A matrix product whose result is a small difference of large values."""
+
+        def forward(self, x):
+            return super().forward(x) + 300.0 - 300.0
+
+    def make():
+        torch.manual_seed(0)
+        task = make_task(nn.Sequential(nn.Linear(16, 64), nn.Tanh(), Cancels(64, 64), nn.Tanh(), nn.Linear(64, 4)))
+        return task
+
+    plan = recommended(make, tmp_path / "run", ("e4m3", "bf16", "fp32"))
+    assert plan.status == "confirmed" and plan["2"].compute == "fp32"
+    assert plan["0"].compute != "fp32"
+
+
+def test_a_function_of_steps_that_ends_is_asked_no_further(tmp_path):
+    x = torch.randn(32, 16)
+    few = [(x, (x[:, :4] > 0).float())] * 6
+    plan = recommended(lambda: make_task(batches=lambda step: few[step]), tmp_path / "run", ("bf16", "fp32"))
+    assert plan.status == "confirmed" and plan.confirmed["batches"] == 1
+
+
+def test_a_task_that_is_none_and_a_model_that_is_another_are_refused(tmp_path):
+    profile = profiled(make_task(), tmp_path / "run")
+    with pytest.raises(ps.UsageError, match=r"file.py:function\), not 3"):
+        ps.recommend(profile, formats=("bf16", "fp32"), task=3, costs="model")
+    with pytest.raises(ps.PrecscopeError, match=r"no module 'first'.*give the task that was profiled"):
+        ps.recommend(profile, formats=("bf16", "fp32"), task=make_task(nn.Linear(16, 4)), costs="model")
+
+
+class _LowBackwardIsNaN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.low = x.dtype is not torch.float32
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * math.nan if ctx.low else gradient
+
+
+class BadBackward(nn.Module):
+    def forward(self, x):
+        return _LowBackwardIsNaN.apply(x)
+
+
+@pytest.mark.parametrize(
+    "count,bad", [(3, (1,)), (3, (1, 2)), (12, (5,)), (12, tuple(range(1, 12, 2))), (60, (20, 41))]
+)
+def test_passes_of_the_whole_recommendation_are_counted_and_few(tmp_path, count, bad):
+    """Where no loss scale gives finite gradients, one judgement takes several passes: they count."""
+
+    def make():
+        torch.manual_seed(0)
+        layers = [BadBackward() if i in bad else nn.Linear(16, 16) for i in range(count)]
+        for layer in layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.orthogonal_(layer.weight)
+        task = make_task(nn.Sequential(*layers))
+        task.loss = lambda m, b: m(b[0]).float().square().mean()
+        task.optimizer = lambda model: torch.optim.SGD(model.parameters(), lr=1e-3)
+        return task
+
+    profile, task = profiled(make(), tmp_path / "run", steps=3), make()
+    passes = []
+    task.model.register_forward_hook(lambda *_: passes.append(1))
+    plan = ps.recommend(profile, formats=("fp16", "fp32"), task=task, costs="model", trial_steps=0)
+    assert plan.status == "confirmed"
+    assert len(passes) == plan.confirmed["forward_passes"] <= 2 * plan.confirmed["modules"] + 20
+    assert all(plan[str(i)].compute == "fp32" or plan[str(i - 1)].compute == "fp32" for i in bad)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +18,9 @@ from precscope import quantize
 from precscope.emulation import emulate
 from precscope.emulation.autocast import entry_of, entry_of_node, lists
 from precscope.errors import FormatError, ModelError, PlanError, UsageError
+from precscope.recording import record
+from precscope.recording.ops import record_ops
+from precscope.tracing import trace
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -561,3 +565,38 @@ def test_autocast_leaves_float32_ops_on_float32_inputs_alone():
     model = Run(lambda x: x * x)
     with emulate(model, "fp16", policy="autocast"):
         assert model(torch.tensor([300.0])).item() == 90000
+
+
+@pytest.mark.parametrize("watch", [record_ops, trace])
+def test_what_watches_ops_belongs_inside(watch):
+    model = nn.Linear(4, 4)
+    with watch(model), pytest.raises(UsageError, match=r"with ps\.emulate\(model, \.\.\.\), ps\.trace\(model\)"):
+        emulate(model, "fp16").__enter__()
+    with emulate(model, "fp16"), watch(model):
+        model(torch.ones(1, 4))
+
+
+def test_stochastic_rounding_draws_the_same_when_entered_again():
+    model, x = nn.Linear(8, 8), torch.randn(64, 8)
+    emulation = emulate(model, "e4m3", rounding="stochastic", seed=3)
+    results = []
+    for _ in range(2):
+        with emulation:
+            results.append(model(x))
+    assert torch.equal(*results)
+
+
+def test_a_scripted_submodule_runs_as_part_of_the_module_around_it(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.script is deprecated
+        model = nn.Sequential(nn.Linear(8, 8), torch.jit.script(nn.BatchNorm1d(8)))
+    x = torch.randn(4, 8)
+    before = model[1].running_mean.clone()
+    with emulate(model, "bf16"):
+        model(x)
+    assert torch.equal(model[1].running_mean, before)
+    with record(model, tmp_path / "run", every=1) as rec:
+        loss = model(x).sum()
+        loss.backward()
+        truth = rec.shadow(lambda: model(x).sum(), loss=loss)
+    assert truth.loss_low == truth.loss_fp32

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ from precscope import summarize
 from precscope.emulation import emulate
 from precscope.errors import ModelError, RunDirectoryError, UsageError
 from precscope.opstore import OpSite, load_ops, read_ops
+from precscope.recording import record
 from precscope.recording.ops import record_ops
+from precscope.tracing import trace
 
 
 class Attention(nn.Module):
@@ -353,3 +357,57 @@ def test_on_a_gpu_nothing_waits():
     found, (_, table) = rows(ops), ops.table()
     assert table.amax[found["fc1", "forward", "addmm", 0]] == model.fc1(data).abs().max().item()
     assert ("fc1", "backward", "mm", 0) in found
+
+
+def test_a_recorder_is_entered_once_at_a_time():
+    model, x = nn.Linear(4, 4), torch.ones(1, 4)
+    ops = record_ops(model)
+    with ops, pytest.raises(UsageError, match=r"entered already: call record_ops\(model\) again"):
+        ops.__enter__()
+    with ops:
+        model(x)
+    assert [s.op for s in ops.table()[0]] == ["addmm"] and not model._forward_hooks
+
+
+def test_what_a_module_recorder_computes_is_not_recorded(tmp_path):
+    """Nor traced: samples, copies and shadow steps of a recorder run beside the run."""
+
+    def train(recorder, watch):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        x = torch.randn(4, 8)
+        with record(model, tmp_path / watch.__name__, optimizer=optimizer, every=1) if recorder else nullcontext() as r:
+            with watch(model) as seen:
+                for _ in range(2):
+                    optimizer.zero_grad()
+                    loss = model(x).sum()
+                    loss.backward()
+                    if r is not None:
+                        r.shadow(lambda: model(x).sum(), loss=loss)
+                    optimizer.step()
+                    if r is not None:
+                        r.step()
+        return seen
+
+    plain, beside = train(False, record_ops).table(), train(True, record_ops).table()
+    assert plain[0] == beside[0] and (plain[1].count == beside[1].count).all()
+    assert train(True, trace).ops < 2 * train(False, trace).ops  # views of what the hooks look at
+
+
+def test_a_higher_order_operator_is_one_op():
+    attention = pytest.importorskip("torch.nn.attention.flex_attention")
+
+    class Flex(nn.Module):
+        def forward(self, q):
+            return attention.flex_attention(q, q, q)
+
+    model, q = Flex(), torch.randn(1, 1, 4, 8)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # it would rather be compiled
+        expected = model(q)
+        with record_ops(model) as ops, trace(model) as t:
+            assert torch.equal(model(q), expected)
+        with emulate(model, "bf16"):
+            assert torch.equal(model(q).bfloat16().float(), model(q))
+    assert any("flex_attention" in s.op for s in ops.table()[0]) and t.first_nonfinite is None

@@ -16,6 +16,7 @@ import pytest
 from test_reporting import HOSTILE, ROUNDED, make_plan, make_run, make_training, model, row_of, table_of
 
 from precscope.formats import format_names
+from precscope.histogram import BINS
 from precscope.profiles import Profile
 from precscope.reporting import numbers, report
 from precscope.reporting.html import render, save
@@ -170,6 +171,86 @@ def test_explorer_answers_as_profile_ask(browser, tmp_path):
         }
         assert {key: answer[key] for key in expected} == expected, (names[i], fmt, k)
     assert complaints(browser) == []
+
+
+def priced_profile(path: Path) -> Profile:
+    """A bf16 run with shadow steps whose sites are hard to price: several tensors per site, constants, all-zero and
+    infinite weights, tensors without a gradient, parameters of which some were really rounded."""
+    rng = np.random.default_rng(23)
+    sites, rows, weights, rounded = [], [], [], {f: [] for f in ("fp16", "bf16", "e4m3", "e5m2")}
+    for i in range(40):
+        role = (Role.OUTPUT, Role.WEIGHT, Role.INPUT)[i % 3]
+        for tensor in ("a", "b", "c")[: 1 + i % 3]:
+            x = (rng.normal(0, 1, 200) * np.exp2(rng.normal(rng.uniform(-24, 14), 3, 200))).astype(np.float32)
+            if rng.random() < 0.25:
+                x = np.full(20, rng.choice([1.0, 1.1, 3e-8, 70000.0, 0.0]), np.float32)
+            sites.append(Site(f"m{i}", role, i % 2, tensor))
+            rows.append(row_of(x))
+            price = np.where(rows[-1]["counts"] > 0, 10.0 ** rng.uniform(-12, 2), 0.0) * rng.uniform(0, 1, BINS)
+            price *= rng.choice([1.0, 0.0, np.nan, 1.0, 1.0, 1.0])
+            if i in (11, 12) and len(x) > 20:
+                price[np.argmax(rows[-1]["counts"])] = np.inf
+            weights.append(price)
+            tried = role is Role.WEIGHT and rng.random() < 0.8
+            for squares in rounded.values():
+                squares.append(10.0 ** rng.uniform(-9, -3) if tried else np.nan)
+    sites.append(Site("unpriced", Role.OUTPUT))
+    rows.append(row_of(rng.normal(0, 1, 50)))
+    table = table_of(rows)
+    shadow = Profile(
+        path, {"precision": "fp32"}, sites[:-1], table.take(np.arange(len(sites) - 1)), {},
+        rounded={f: np.array(squares) for f, squares in rounded.items()}, _history=pd.DataFrame({"step": [0, 5, 10]}),
+    )  # fmt: skip
+    shadow.table.weights = np.stack(weights)
+    table.source[:] = "bf16"  # what the run itself recorded does not enter the prices
+    history = pd.DataFrame(columns=["step", "module", "role", "call", "amax", "pos_inf", "neg_inf", "nan"])
+    return Profile(path, {"model": "priced"}, sites, table, {}, shadow=shadow, _history=history)
+
+
+def test_explorer_prices_as_profile_ask(browser, tmp_path):
+    profile = priced_profile(tmp_path)
+    told = told_noise(browser, profile, tmp_path)
+    for (name, fmt, k), (said, value) in told.items():
+        assert said == numbers.number(value), (name, fmt, k)
+    values = np.array([value for _, value in told.values()])
+    assert np.isnan(values).any() and (values == 0).any() and np.isinf(values).any() and (values > 0).mean() > 0.5
+
+
+def test_explorer_prices_a_real_run(browser, tmp_path):
+    """A model with norms, whose parameters were really rounded, trained in bf16 with shadow steps."""
+    import torch
+    from torch import nn
+
+    import precscope as ps
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 3))
+    batches = [(torch.randn(32, 8), torch.randint(0, 3, (32,))) for _ in range(6)]
+    task = ps.Task(model=model, loss=lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]), batches=batches)
+    run = ps.profile(task, out=tmp_path / "run", steps=6, every=2, shadow_every=2, costs=False, note=lambda text: None)
+    told = told_noise(browser, run, tmp_path)
+    for asked, (said, value) in told.items():
+        assert (said == numbers.MISSING) == math.isnan(value), asked
+        if said != numbers.MISSING:
+            assert float(said) == pytest.approx(value, rel=6e-4), asked  # four digits, of weights with seven
+    assert all(told[site, "bf16", 0][1] > 0 for site in ("1.weight", "1.output", "3.output"))
+    assert told["1.grad_output", "bf16", 0][0] == numbers.MISSING
+
+
+def told_noise(browser, profile: Profile, folder: Path) -> dict:
+    """(site, format, k) -> (what the page says of loss noise, what Profile.ask says); NaN where not priced."""
+    open_page(browser, save(render(build_view(profile)), folder / "priced.html"))
+    names = browser.execute_script("return window.precscope.sites")
+    asked = [(i, f, k) for i in range(len(names)) for f in ("fp16", "bf16", "e4m3", "e5m2", "e3m2") for k in (0, -3, 9)]
+    told = browser.execute_script("return arguments[0].map(([i, f, k]) => window.precscope.ask(i, f, k).noise)", asked)
+    truth = {}
+    for fmt, k in {(f, k) for _, f, k in asked}:
+        for row in profile.ask(fmt, scale_exponent=k).itertuples():
+            call = f"#{row.call}" if row.call else ""
+            truth[f"{row.module or '(root)'}{call}.{row.role}", fmt, k] = row.loss_noise
+    assert complaints(browser) == []
+    keys = [(names[i], f, k) for i, f, k in asked]
+    return {key: (said, truth[key]) for key, said in zip(keys, told, strict=True)}
 
 
 def test_controls_change_the_table(browser, page):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -15,9 +16,10 @@ import pytest
 from precscope.errors import RunDirectoryError, UsageError
 from precscope.formats import get_format
 from precscope.histogram import BINS, EXP_LO
+from precscope.opstore import OpRecords, OpSite
 from precscope.plans import LayerPrecision, PrecisionPlan, Reason
 from precscope.profiles import Profile
-from precscope.reporting import numbers, report, text
+from precscope.reporting import numbers, report, tables, text
 from precscope.reporting.html import embed, payload, render
 from precscope.reporting.rows import group_rows, plan_rows, site_rows
 from precscope.reporting.view import build_view
@@ -61,8 +63,18 @@ def model(layers: int) -> list[tuple[str, str, int, int]]:
     return [*found, ("head", "Linear", 65536, 130_000)]
 
 
-def make_run(path: Path, *, layers: int = 2, steps: int = 4, n: int = 400, modules=None, seed: int = 0) -> Path:
-    """A run directory: unit-normal activations, except that blocks.1.mlp.fc2 outputs 1e5; gradients near 2^-20."""
+def make_run(
+    path: Path,
+    *,
+    layers: int = 2,
+    steps: int = 4,
+    n: int = 400,
+    modules=None,
+    seed: int = 0,
+    peak: float = 1e5,
+    **about,
+) -> Path:
+    """A run directory: unit-normal activations, except that blocks.1.mlp.fc2 outputs `peak`; gradients near 2^-20."""
     rng = np.random.default_rng(seed)
     prepare_directory(path, exist="overwrite")
     modules = modules or model(layers)
@@ -72,7 +84,7 @@ def make_run(path: Path, *, layers: int = 2, steps: int = 4, n: int = 400, modul
         for name, _, parameters, _ in modules:
             output = rng.normal(0, 1, n)
             if name == "blocks.1.mlp.fc2":
-                output[0] = 1e5 + step
+                output[0] = peak + step
             gradient = rng.normal(0, 1, n) * 2.0**-20
             items = [("input", rng.normal(0, 1, n)), ("output", output), ("grad_output", gradient)]
             if parameters:
@@ -85,7 +97,7 @@ def make_run(path: Path, *, layers: int = 2, steps: int = 4, n: int = 400, modul
     write_json(path / "run.json", {
         "schema": 1, "status": "done", "task": "gpt", "model": "GPT", "parameters": 3_290_000, "precision": "bf16",
         "seed": 7, "torch": "2.13.0", "device": "cpu", "command": "precscope demo", "every": 10, "pid": 1,
-        "train": {"steps": 40, "lr": 1e-3},
+        "train": {"steps": 40, "lr": 1e-3}, **about,
     })  # fmt: skip
     listed = [
         {"name": a, "type": b, "params": c, "own_params": c, "flops": d, "calls": 1} for a, b, c, d in modules
@@ -220,6 +232,91 @@ def test_view_without_a_plan_asks_for_one(made):
     assert planned.next_command == "precscope train gpt --plan plan.json --out runs/plan"
 
 
+FC2 = "blocks.1.mlp.fc2 output reaches 2.403e+04, 1.4 binades below the end of fp16 (65504)"
+
+
+def ranges_of(view):
+    return next(s for s in view.statements if "against the largest finite value" in s.text)
+
+
+def test_sites_near_the_end_of_fp16_are_named_without_a_plan_too(tmp_path):
+    """With their head-room, in every rendering; what the large value passes through afterwards is not."""
+    path = make_run(tmp_path / "a", peak=24000.0)
+    handed = Site("head", Role.INPUT)
+    StatsWriter(path).write(np.array([40]), [handed], table_of([row_of([1.0, 24000.0])]), np.ones(1), {})
+    view = build_view(path)
+    said = ranges_of(view)
+    assert said.kind == "care"
+    assert said.items[0].startswith("fp16: every tensor fits; the lowest SQNR is")
+    assert said.items[1] == FC2 and said.items[2].startswith("bf16 has the range of fp32")
+    assert f"    {FC2[:60]}" in text.verdict_text(view, width=80)
+    assert f"  - {text._md(FC2)}" in text.markdown(view)
+    assert FC2 in render(view)
+    fact = next(f for f in view.facts if f.label == "Least head-room in fp16")
+    assert (fact.value, fact.note) == ("1.4 binades", "blocks.1.mlp.fc2.output")
+
+
+def test_sites_two_binades_away_are_not_worth_a_word(tmp_path):
+    said = ranges_of(build_view(make_run(tmp_path / "a", peak=65504 / 4 - 31)))
+    assert said.kind == "good" and len(said.items) == 2
+    assert "the largest is blocks.1.mlp.fc2.output with 16375, 2.0 binades below 65504" in said.items[0]
+
+
+def test_beyond_the_end_each_site_is_named_once(tmp_path):
+    path = make_run(tmp_path / "a")
+    second = Site("tok", Role.OUTPUT)
+    StatsWriter(path).write(np.array([40]), [second], table_of([row_of([1.0, 3e4])]), np.ones(1), {})
+    said = ranges_of(build_view(path))
+    assert "2 tensors" not in said.items[0] and "blocks.1.mlp.fc2.output reaches 1e5, 0.6 binades" in said.items[0]
+    assert said.items[1] == "tok output reaches 3e+04, 1.1 binades below the end of fp16 (65504)"
+
+
+def test_a_plan_that_keeps_the_site_out_of_fp16_hears_nothing_of_it(tmp_path):
+    path = make_run(tmp_path / "a", peak=24000.0)
+    kept = ranges_of(build_view(path, plan=make_plan(model(2))))
+    assert kept.kind == "good" and not any("binades below the end" in i for i in kept.items)
+    lowered = make_plan(model(2)).replace(modules={}, default=LayerPrecision("fp16"))
+    assert FC2 in ranges_of(build_view(path, plan=lowered)).items
+
+
+def noise_of(profile, **noise):
+    plan = make_plan(model(2))
+    plan = plan.replace(made_from={**plan.made_from, "loss_noise": noise})
+    return next((s for s in build_view(profile, plan=plan).statements if s.text.startswith("Rounding moves")), None)
+
+
+def test_the_plan_says_what_it_spends_of_the_noise_it_may_make(made):
+    largest = {"head": 2e-3, "": 1e-3, "tok": 0.0}
+    said = noise_of(made[0], plan=2.5e-3, budget=0.01, spread_over_batches=0.1, largest=largest)
+    assert said.kind == "good"
+    assert said.text == (
+        "Rounding moves the loss of a step by 0.0025 (standard deviation, priced in shadow steps), within the 0.01 "
+        "that is allowed; from batch to batch it differs by 0.1; the largest parts are those of head (0.002) and "
+        "(root) (0.001)."
+    )
+    over = noise_of(made[0], plan=0.02, budget=0.01, spread_over_batches=float("nan"), largest={})
+    assert over.kind == "care" and over.text.endswith("more than the 0.01 that is allowed.")
+    assert noise_of(made[0], plan=None, budget=None) is None
+
+
+def test_warnings_about_the_optimizer_are_listed(made):
+    warnings = [f"AdamW: warning {i}" for i in range(8)]
+    view = build_view(made[0], plan=make_plan(model(2)).replace(optimizer={"groups": [], "warnings": warnings}))
+    said = next(s for s in view.statements if s.text.startswith("The optimizer needs care"))
+    assert said.kind == "care" and said.items == (*warnings[:6], "and 2 more warnings")
+    assert "AdamW: warning 3" in render(view)
+    reason = "blocks.1.mlp.fc2: not fp16: its output reaches 1.0003e5, fp16 ends at 65504"  # told with the modules
+    view = build_view(made[0], plan=make_plan(model(2)).replace(optimizer={"warnings": [reason, warnings[0]]}))
+    assert next(s for s in view.statements if s.text.startswith("The optimizer needs care")).items == (warnings[0],)
+    assert not [s for s in build_view(made[0], plan=make_plan(model(2))).statements if "optimizer" in s.text]
+
+
+def test_an_inference_run_is_not_told_to_train(tmp_path):
+    path = make_run(tmp_path / "a", mode="inference")
+    assert build_view(path, plan=make_plan(model(2))).next_command.startswith("with ps.apply(")
+    assert build_view(path).next_command.startswith("precscope recommend")
+
+
 def test_a_plan_that_lowers_nothing_says_so(made):
     profile, _, _ = made
     view = build_view(profile, plan=PrecisionPlan.uniform("fp32"))
@@ -322,6 +419,62 @@ def test_ask_table_tells_of_more_rows(made):
     assert text.ask_table(frame.head(0)) == "no recorded tensor matches"
 
 
+def op_frame() -> pd.DataFrame:
+    """What OpRecords.ask gives, of three ops of one long-named module."""
+    name = "encoder.layers.11.attention.self.query_projection"
+    sites = [
+        OpSite(name, "forward", "exp", 1, "fp32"), OpSite("", "backward", "native_layer_norm_backward[2]", 0, "fp32"),
+        OpSite(name, "forward", "bmm", 0, "fp32"),
+    ]  # fmt: skip
+    table = table_of([row_of([1e5, 2.0]), row_of([1e-8, 1.0]), row_of([1.0, 3.0])])
+    return OpRecords(sites, table, np.full(3, np.nan), np.ones(3), np.zeros(3, np.int64)).ask("fp16")
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_op_table_fits_and_tells_ops_apart(width):
+    shown = tables.ops_table(op_frame(), total=9, width=width)
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= width
+    assert lines[0].split() == ["module", "phase", "op", "amax", "overflow", "flushed", *["SQNR"] * (width >= 72)]
+    assert lines[2].split()[1:5] == ["fwd", "exp#1", "1e5", "50"]
+    assert lines[3].split()[:2] == ["(root)", "bwd"] and lines[3].split()[3:6] == ["1", "0", "50"]
+    assert lines[4].split()[1:4] == ["fwd", "bmm", "3"]
+    assert "the first 3 of 9 ops; --rows 0 prints all" in shown
+    assert tables.ops_table(op_frame().head(0)) == "no recorded op matches"
+
+
+def forecast_frame() -> pd.DataFrame:
+    columns = ["module", "role", "call", "amax_now", "limit", "headroom", "p_overflow", "p_lo", "p_hi",
+               "headroom_ahead", "headroom_least"]  # fmt: skip
+    nan, name = float("nan"), "encoder.layers.11.attention.self.query_projection"
+    return pd.DataFrame([
+        ["calm", "output", 0, 1.0, 65520.0, 16.0, 0.0, 0.0, 0.0, 16.0, 15.5],
+        ["short", "weight", 0, 2.0, 65520.0, 15.0, nan, nan, nan, nan, nan],
+        [name, "output", 1, 3e4, 65520.0, 1.1, 0.3456, 0.012, 0.998, 0.25, -1.0],
+        ["over", "input", 0, 7e4, 65520.0, -0.1, 1.0, 1.0, 1.0, nan, nan],
+        ["rare", "output", 0, 2e4, 65520.0, 1.7, 2e-5, 1e-6, 3e-4, 1.5, 1.2],
+    ], columns=columns)  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_forecast_table_has_the_likeliest_first(width):
+    ordered = tables.likeliest_first(forecast_frame())
+    assert [m[-5:] for m in ordered.module] == ["over", "ction", "rare", "calm", "short"]
+    shown = tables.forecast_table(ordered.head(4), of=ordered, format="fp16", horizon=1000, width=width)
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= width
+    assert lines[0] == "fp16 (largest finite value 65504), the next 1,000 steps"
+    bounds = width >= 72
+    assert lines[3].split() == ["over.input", "70000", "-0.1", "–", "–", "100", *["100..100"] * bounds]
+    assert lines[4].split()[1:] == ["30000", "1.1", "0.3", "-1.0", "35", *["1.2..>99"] * bounds]
+    assert lines[5].split()[5:] == ["<0.1", *["<0.1..<0.1"] * bounds]
+    assert lines[6].split()[5:] == ["0", *["0..0"] * bounds]
+    said = " ".join(shown.split())
+    assert "no forecast for 1 of 5 tensors" in said and "the first 4 of 5 tensors" in said
+    empty = ordered.head(0)
+    assert tables.forecast_table(empty, of=empty, format="fp16", horizon=1) == "no recorded tensor matches"
+
+
 def test_compare_table_has_every_figure(view):
     lines = text.compare_table(view.runs, width=80).splitlines()
     assert lines[0].split() == [
@@ -408,6 +561,28 @@ def test_payload_holds_the_histograms_exactly(made):
         assert (row[3], row[6], row[8]) == (table.count[i], table.amax[i], table.sumsq[i])
     fp16 = next(f for f in data["formats"] if f["name"] == "fp16")
     assert fp16["overflowFrom"] == get_format("fp16").overflow_from
+
+
+def test_payload_prices_only_what_shadow_steps_priced(made):
+    """Weights come trimmed, per tensor where rounding is answered apart; a run without shadow steps has none."""
+    assert all(s.prices is None for s in build_view(made[0]).sites)
+    assert all(len(row) == 15 for row in payload(build_view(made[0]))["sites"])
+    head = [Site("head", Role.WEIGHT, 0, t) for t in ("weight", "bias")]
+    many = [Site("head", Role.OUTPUT, 0, t) for t in ("0", "1", "2")]
+    rows = [row_of(np.float32(x)) for x in ([0.5, 3.0], [1.0, 1.0], [0.5, 3.0], [8.0, 9.0], [0.5])]
+    shadow = Profile(
+        made[0].path, {}, [*head, *many], table_of(rows), {}, rounded={"fp16": np.array([4e-6, 1e-6, *[np.nan] * 3])},
+        _history=pd.DataFrame({"step": [0, 10]}),
+    )  # fmt: skip
+    shadow.table.weights = 2.0 * (shadow.table.counts > 0)
+    view = build_view(dataclasses.replace(made[0], shadow=shadow))
+    data = payload(view)
+    found = {s.name: row[15] for s, row in zip(view.sites, data["sites"], strict=True) if len(row) > 15}
+    fp32 = data["sources"].index("fp32")
+    assert fp32 == 0 and data["shadowSteps"] == 2
+    assert found["head.weight"] == [[-1, [2, 0, 2], 0, 0, 0, {"fp16": 4e-6}], [0, [2], 0, 0, 1, {"fp16": 1e-6}]]
+    assert found["head.output"] == [[-1, [2, 0, 2, 0, 2]], [-1, [2], 0, 0, 0.5]]
+    assert set(found) == {"head.weight", "head.output"}
 
 
 def test_five_hundred_modules_stay_small(tmp_path):

@@ -16,6 +16,7 @@ from torch import nn
 import precscope as ps
 from precscope.applying import apply
 from precscope.applying.suspension import suspended
+from precscope.emulation import emulate
 from precscope.errors import RunDirectoryError, UsageError
 from precscope.histogram import BINS, EXP_LO
 from precscope.plans import LayerPrecision, PrecisionPlan
@@ -503,3 +504,29 @@ def test_inference_is_priced_by_the_loss(tmp_path):
     table = profile.ask("fp16", roles=["output"])
     assert (table.loss_noise > 0).all() and profile.shadow.steps == [0, 1, 2]
     assert profile.truth.cosine.isna().all()
+
+
+def test_a_shadow_step_does_not_end_a_pause_and_is_refused_inside_emulation(tmp_path):
+    model, x = nn.Linear(8, 4), torch.randn(2, 8)
+    with record(model, tmp_path / "run", every=1) as rec:
+        model(x).sum().backward()
+        with rec.paused():
+            rec.shadow(lambda: model(x).sum())
+            model(100 * x)
+        with emulate(model, "bf16"), pytest.raises(UsageError, match=r"ps\.emulate is active: leave its with block"):
+            rec.shadow(lambda: model(x).sum())
+        rec.step()
+    history = Profile.load(tmp_path / "run").history()
+    assert history[(history.role == "input") & (history.step == 0)]["count"].tolist() == [x.numel()]
+
+
+def test_a_recorder_that_cannot_begin_leaves_nothing(tmp_path, monkeypatch):
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4))
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("no hooks here")
+
+    monkeypatch.setattr(model[1], "register_forward_pre_hook", fails)
+    with pytest.raises(RuntimeError, match="no hooks here"):
+        record(model, tmp_path / "run").__enter__()
+    assert not model._forward_pre_hooks and not model[0]._forward_hooks and not model[0].weight._backward_hooks

@@ -21,7 +21,7 @@ from precscope.histogram import BINS, EXP_LO
 from precscope.profiles import Profile
 from precscope.sites import Role, Site
 from precscope.stats import StatsTable
-from precscope.store import StatsWriter, _trim, expand, prepare_directory, read_part, update_json, write_json
+from precscope.store import StatsWriter, expand, prepare_directory, read_part, trim, update_json, write_json
 
 
 def table_of(rows: int, seed: int = 0) -> StatsTable:
@@ -67,7 +67,7 @@ def test_trimming_and_expanding_are_inverse(rows, start):
     counts = np.zeros((len(rows), BINS), np.int64)
     for i, row in enumerate(rows):
         counts[i, start : start + len(row)] = row
-    lo, lists = _trim(counts)
+    lo, lists = trim(counts)
     assert np.array_equal(expand(lo, lists), counts)
     assert np.array_equal(expand(lo[1:], lists[1:]), counts[1:])
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from precscope.errors import UsageError
 from precscope.tracing import Tracer, trace
 
 
@@ -344,3 +345,40 @@ def test_a_finding_prints_what_a_person_needs():
     assert "  line    test_tracing.py:" in text and "  input   fp16 1, amax 795, smallest 795" in text
     assert text.endswith("  output  fp16 1, amax 0, smallest 0, 1 inf")
     assert found.to_dict()["inputs"][0]["amax"] == 795
+
+
+def test_a_logarithm_of_zero_that_ends_in_an_integer_is_not_flagged():
+    def buckets(distance):
+        far = (torch.log(distance.float()) / 3.0 * 8.0).long()
+        return torch.where(distance < 4, distance, far.clamp(max=31)).float()
+
+    for stop in (False, True):
+        fn = Fn(buckets)
+        with trace(fn, stop=stop) as t:
+            fn(torch.arange(8))
+        assert t.first_nonfinite is None
+
+    fn = Fn(lambda x: (torch.log(x) * -1.0).long())
+    with trace(fn) as t:
+        fn(torch.tensor([0.0, 0.5]))  # +inf: no bucket has that number
+    assert t.first_nonfinite is not None and "log" in t.first_nonfinite.op
+
+
+def test_what_an_op_made_and_another_replaced_was_not_in_the_batch():
+    fn = Fn(lambda x: (x / x).nan_to_num())
+    x = torch.zeros(3, requires_grad=True)
+    with trace(fn) as t:
+        y = fn(x)
+        assert t.first_nonfinite is None
+        y.sum().backward()  # its backward reads the NaN once more
+    assert t.first_nonfinite is None or t.first_nonfinite.kind != "held"
+
+
+def test_a_tracer_is_entered_once_at_a_time():
+    fn, x = Fn(torch.relu), torch.ones(2)
+    t = trace(fn)
+    with t, pytest.raises(UsageError, match=r"entered already: call ps\.trace\(model\) again"):
+        t.__enter__()
+    with t:
+        fn(x)
+    assert t.ops == 1 and not fn._forward_hooks

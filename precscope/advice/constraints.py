@@ -23,7 +23,8 @@ from .loss_scale import judge_gradients, largest_scale
 from .measured import Measured
 from .units import ModelGraph, Unit, is_inside
 
-_NEAR = 2.0**10  # how far below the end of a format a tensor may be forecast to get there
+_NEAR = 2.0**6  # how far below the end of a format a tensor may be forecast to get there
+_FORECASTS = 256  # of the tensors nearest to it: each takes some milliseconds
 _MASK_FROM = 1e4  # additive masks use -1e4 (for fp16), -1e9 or the lowest finite value in place of -inf
 
 
@@ -168,7 +169,10 @@ def _forecast(
     and whose history tells; the others are not in it."""
     if fmt.bits <= 8:
         return {}
-    near = {s._replace(tensor="") for s, a in zip(sites, table.amax, strict=True) if a > 0 and fmt.max < a * _NEAR}
+    amax = table.amax
+    order = np.argsort(-amax, kind="stable")
+    close = [sites[i]._replace(tensor="") for i in order if amax[i] > 0 and fmt.max < amax[i] * _NEAR]
+    near = set(dict.fromkeys(close[:_FORECASTS]))
     found = required_headroom(profile, limits.horizon, among=near) if near else {}
     return {site: need for site, need in found.items() if need == need}
 

@@ -143,28 +143,31 @@ def required_headroom(
     among: these sites alone (with tensor ""); a forecast takes a millisecond or two.
     """
     needed = {}
-    for site, steps, amax, finite in _histories(profile, roles):
-        if among is not None and site not in among:
-            continue
+    for site, steps, amax, finite in _histories(profile, roles, among):
         ahead = extrapolate(steps, amax, _horizon(horizon, steps)) if finite else None
         needed[site] = math.nan if ahead is None else max(float(np.quantile(ahead.highest, quantile)) - ahead.now, 0.0)
     return needed
 
 
 def _histories(
-    profile: Profile, roles: Iterable[str]
+    profile: Profile, roles: Iterable[str], among: Collection[Site] | None = None
 ) -> Iterable[tuple[Site, NDArray[np.float64], NDArray[np.float64], bool]]:
     """(site, steps, amax, whether all values were finite) of each (module, role, call), in the order of recording."""
     wanted = [Role(r).value for r in roles]
     history = profile.history()
     rows = history[history.role.isin(wanted)]
+    if among is not None:
+        modules = {s.module for s in among}
+        rows = rows[rows.module.isin(modules)]
     rows = rows.assign(bad=rows.pos_inf + rows.nan)  # -inf is what masks write
     keys = ["module", "role", "call"]
     series = rows.groupby([*keys, "step"], observed=True, sort=False)[["amax", "bad"]].max().reset_index()
-    for (module, role, call), part in series.groupby(keys, observed=True, sort=False):
-        part = part.sort_values("step")
-        steps, amax = part.step.to_numpy(float), part.amax.to_numpy(float)
-        yield Site(module, Role(role), int(call)), steps, amax, not part.bad.any()
+    series = series.sort_values("step", kind="stable")
+    steps, amax, bad = series.step.to_numpy(float), series.amax.to_numpy(float), series.bad.to_numpy() > 0
+    for (module, role, call), index in series.groupby(keys, observed=True, sort=False).indices.items():
+        site = Site(module, Role(role), int(call))
+        if among is None or site in among:
+            yield site, steps[index], amax[index], not bad[index].any()
 
 
 def _horizon(horizon: int | None, steps: NDArray[np.float64]) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import attribution
 from ..errors import ModelError, PlanError
 from ..plans import PrecisionPlan
 from .dtypes import dtype_of
@@ -100,8 +101,4 @@ def unwrap(model: nn.Module) -> nn.Module:
         raise ModelError(f"a plan is applied to a torch.nn.Module, not to {type(model).__name__}")
     if isinstance(model, nn.DataParallel):
         raise ModelError("nn.DataParallel copies its modules at every step and would lose the plan; use DDP instead")
-    while "_orig_mod" in model._modules or isinstance(model, nn.parallel.DistributedDataParallel):
-        inner = model._modules["_orig_mod" if "_orig_mod" in model._modules else "module"]
-        assert inner is not None
-        model = inner
-    return model
+    return attribution.unwrap(model)

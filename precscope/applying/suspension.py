@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .handle import unwrap
 from .inputs import cast_input, map_tensors
 from .spec import MARK
-from .swaps import _refresh_flat_weights
+from .swaps import refresh_flat_weights
 
 _WIDE = (torch.float32, torch.float64)
 _SWITCHES = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
@@ -135,14 +135,14 @@ def _stored_wide(root: nn.Module) -> Iterator[dict[Tensor, Tensor]]:
                     table[name] = stand_ins[tensor]
         if swapped:
             for module in recurrent:
-                _refresh_flat_weights(module)
+                refresh_flat_weights(module)
         yield {new: old for old, new in stand_ins.items() if isinstance(old, nn.Parameter)}
     finally:
         for changed, name, tensor in swapped:
             changed[name] = tensor
         if swapped:
             for module in recurrent:
-                _refresh_flat_weights(module)
+                refresh_flat_weights(module)
 
 
 def _is_low(tensor: Tensor | None) -> bool:
@@ -167,7 +167,8 @@ def _inputs_cast_up(root: nn.Module) -> Iterator[None]:
     def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
         return map_tensors(args, cast), map_tensors(kwargs, cast)
 
-    handles = [m.register_forward_pre_hook(before, with_kwargs=True, prepend=True) for m in root.modules()]
+    hooked = [m for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    handles = [m.register_forward_pre_hook(before, with_kwargs=True, prepend=True) for m in hooked]
     try:
         yield
     finally:

@@ -36,7 +36,7 @@ def swap_in(spec: Spec, swapped: list[Swap]) -> None:
                     swapped.append(Swap(table, name, tensor, seen, _version(seen)))
                     table[name] = seen
         if isinstance(module, nn.RNNBase):
-            _refresh_flat_weights(module)
+            refresh_flat_weights(module)
 
 
 def _version(tensor: Tensor) -> int | None:
@@ -56,7 +56,7 @@ def swap_back(module: nn.Module, spec: Spec, swapped: list[Swap]) -> None:
             swap.table[swap.name] = now if isinstance(now, nn.Parameter) else now.to(swap.stored.dtype)
     for owner in spec.swap:
         if isinstance(owner, nn.RNNBase):
-            _refresh_flat_weights(owner)
+            refresh_flat_weights(owner)
 
 
 def _was_written(swap: Swap, *, training: bool) -> bool:
@@ -79,7 +79,7 @@ def _merge(stored: Tensor, seen: Tensor) -> None:
         stored.copy_(torch.where(unchanged, stored, seen.to(stored.dtype)))
 
 
-def _refresh_flat_weights(module: nn.RNNBase) -> None:
+def refresh_flat_weights(module: nn.RNNBase) -> None:
     """Recurrent modules keep a second list of their weights, and weak references to see that it is up to date."""
     weights = [getattr(module, name, None) for name in module._flat_weights_names]
     module._flat_weights = weights

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from ..errors import UsageError
+from ..sites import Role
 from .printing import (
     CsvOption,
     FormatArgument,
@@ -85,7 +87,8 @@ def forecast(
     from ..reporting.tables import forecast_table, likeliest_first
 
     loaded = load(run, skip_damaged=skip_damaged)
-    table = likeliest_first(run_it(loaded, format, horizon=horizon, **({"roles": role} if role else {})))
+    options: dict[str, Any] = {"roles": _roles(role)} if role else {}
+    table = likeliest_first(run_it(loaded, format, horizon=horizon, **options))
     steps = loaded.steps
     ahead = horizon if horizon is not None else max(steps[-1] - steps[0], 1) if steps else 1
     print(forecast_table(table.head(rows) if rows else table, of=table, format=format, horizon=ahead))
@@ -95,3 +98,11 @@ def forecast(
         wrote(csv, next=following)
     else:
         next_command(following)
+
+
+def _roles(words: list[str]) -> list[str]:
+    known = [r.value for r in Role]
+    for word in words:
+        if word not in known:
+            raise UsageError(f"unknown role {word!r}; roles are {', '.join(known)}")
+    return words

@@ -41,12 +41,12 @@ def doctor(size: Annotated[int, typer.Option(help="edge of the matrices that are
     next_command("precscope demo")
 
 
-bench_app = typer.Typer(help="Measure precscope on this machine.", rich_markup_mode=None)
+bench_app = typer.Typer(rich_markup_mode=None)
 
 
 @bench_app.callback(invoke_without_command=True)
 def bench(context: typer.Context) -> None:
-    """List the benchmarks, or run one.
+    """Measure precscope on this machine: list the benchmarks, or run one.
 
     Example: precscope bench zoo --format bf16
     """

@@ -32,6 +32,8 @@ _FIXES = (
     (("sum", "cumsum", "index_add", "scatter_add", "mean", "norm", "logsumexp"), "",
      "accumulate in fp32, or use a mean"),
     (("exp", "expm1", "softmax", "_softmax"), "overflow", "subtract the maximum first"),
+    (("log", "log2", "log10", "rsqrt", "sqrt", "pow"), "negative",
+     "a variance as the mean of (x - mean)^2, or clamp at 0 first"),
     (("log", "div", "rsqrt", "reciprocal", "sqrt"), "nonfinite",
      "an eps that the format holds (1e-4 or more for fp16)"),
     (("masked_fill", "where"), "", "torch.finfo(x.dtype).min or -inf as the fill value"),
@@ -62,6 +64,7 @@ class _Result:
     values: torch.Tensor
     input_amax: float
     inputs_finite: bool
+    input_min: float = 0.0
 
 
 class OpLog(TorchDispatchMode):
@@ -82,8 +85,7 @@ class OpLog(TorchDispatchMode):
         given = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, torch.Tensor) and x.is_floating_point()]
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor) and x.numel() and x.dtype is not torch.bool and not x.is_complex():
-                amax, finite = _range(given)
-                kept.append(_Result(name, where.phase, _sampled(x), amax, finite))
+                kept.append(_Result(name, where.phase, _sampled(x), *_range(given)))
                 break
         return out
 
@@ -93,7 +95,7 @@ def explain(exact: list[_Result], low: list[_Result], fmt: str) -> Explanation |
     pairs = _aligned(exact, low)
     for a, b in pairs:
         if b.inputs_finite and not bool(b.values.isfinite().all()) and bool(a.values.isfinite().all()):
-            return _explained(a, b, float("inf"), fmt)
+            return _explained(a, b, math.inf, fmt)
     ulp = 2.0 ** -get_format(fmt).precision
     found = _largest_jump(pairs, _error, least=max(2 * ulp, 0.01), before=ulp / 2)
     if found is not None:
@@ -121,7 +123,7 @@ def _largest_jump(
 
 def _explained(a: _Result, b: _Result, error: float, fmt: str, *, centred: bool = False) -> Explanation:
     form, op = get_format(fmt), f"aten.{a.op}"
-    amax = float(a.values.abs().max())
+    amax = _range([a.values])[0]
     numbers = {"input_amax": a.input_amax, "output_amax": amax}
     made = f"{op} ({a.phase}) makes values up to {amax:.4g} from values up to {a.input_amax:.4g}"
 
@@ -130,27 +132,41 @@ def _explained(a: _Result, b: _Result, error: float, fmt: str, *, centred: bool 
 
     if math.isinf(error) and amax > form.max:
         return said(f"{fmt} ends at {form.max:g}", "overflow", limit=form.max)
+    if math.isinf(error) and b.input_min < 0 <= a.input_min:
+        return said(f"in {fmt} it takes values down to {b.input_min:.2g}, which are not negative in fp32", "negative")
     if math.isinf(error):
         return said(f"in {fmt} the result is not finite, where values below {form.flush_below:.2g} are 0", "nonfinite")
     flushed = float(((a.values != 0) & (a.values.abs() <= form.flush_below)).float().mean())
     if flushed > 0.5 * error and flushed > 0.1:
         text = f"{flushed:.0%} of them are below {form.flush_below:.2g} and become 0 in {fmt}"
         return said(text, "flushed", flushed=flushed)
+    if not amax and bool(b.values.any()):
+        return said(f"in {fmt} they are up to {_range([b.values])[0]:.2g}", "")
+    if max(a.input_amax, amax) > form.max:
+        return said(f"{fmt} ends at {form.max:g}, and the result is off by {percent(error)}", "overflow", error=error)
     exponent = math.frexp(max(a.input_amax, amax))[1] - 1
     ulp = 2.0 ** (max(exponent, form.emin) - form.precision)
     if centred:
-        low, high = float(a.values.min()), float(a.values.max())
+        finite = a.values[a.values.isfinite()]
+        low, high = float(finite.min()), float(finite.max())
         text = f"they lie between {low:.4g} and {high:.4g}, where an ulp of {fmt} is {ulp:.2g}: too coarse for them"
         return said(text, "", ulp=ulp)
-    text = f"an ulp of {fmt} at {max(a.input_amax, amax):.4g} is {ulp:.2g}, and the result is off by {error:.0%}"
+    text = f"an ulp of {fmt} at {max(a.input_amax, amax):.4g} is {ulp:.2g}, and the result is off by {percent(error)}"
     return said(text, "cancellation" if amax and a.input_amax > 8 * amax else "", ulp=ulp, error=error)
+
+
+def percent(share: float, of: str = "", *, digits: int = 0) -> str:
+    """A share for a sentence: "12%" or "12% of its size", from ten times on "25 times" or "25 times its size"."""
+    if share < 10:
+        return f"{share:.{digits}%}" + (f" of {of}" if of else "")
+    return f"{share:.3g} times" + (f" {of}" if of else "")
 
 
 def _fix(op: str, kind: str) -> str:
     if kind == "flushed":
         return "a loss scale that lifts them (dynamic loss scaling)"
     for ops, when, text in _FIXES:
-        if op in ops and (not when or when == kind):
+        if op in ops and (when == kind or (not when and kind != "negative")):
             return text
     return ""
 
@@ -185,8 +201,9 @@ def _centred_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm((a - b)[both])) / spread if spread else 0.0
 
 
-def _range(tensors: list[torch.Tensor]) -> tuple[float, bool]:
-    amax, finite = 0.0, True
+def _range(tensors: list[torch.Tensor]) -> tuple[float, bool, float]:
+    """Largest finite magnitude, whether all is finite, smallest finite value."""
+    amax, finite, least = 0.0, True, math.inf
     for x in tensors:
         if not x.numel():
             continue
@@ -195,7 +212,8 @@ def _range(tensors: list[torch.Tensor]) -> tuple[float, bool]:
         finite = finite and bool(good.all())
         if bool(good.any()):
             amax = max(amax, float(magnitude[good].max()))
-    return amax, finite
+            least = min(least, float(x[good].min()))
+    return amax, finite, least if math.isfinite(least) else 0.0
 
 
 def _sampled(x: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .explanation import percent
 from .probe import Outcome
 from .tolerance import Tolerance
 
@@ -38,15 +39,20 @@ class Yardstick:
     loss_span: float = 0.0
     gradients: Mapping[str, float] | None = None
 
-    def judge(self, reference: Outcome, outcome: Outcome) -> Judgement:
-        """Compare an outcome with fp32's on the same batch."""
+    def judge(self, reference: Outcome, outcome: Outcome, *, order: bool = True) -> Judgement:
+        """Compare an outcome with fp32's on the same batch. order: also by the order of the output's values."""
         if outcome.error:
-            return Judgement(float("inf"), f"it raises {outcome.error}", {}, float("inf"))
-        if not outcome.finite and reference.finite:
-            return Judgement(float("inf"), _nonfinite(reference, outcome), {}, float("inf"))
+            return _failed(f"it raises {outcome.error}")
+        if not outcome.finite or _spoilt(reference.outputs, outcome.outputs):
+            return _failed(_nonfinite(reference, outcome))
         trained = bool(reference.gradients) or reference.loss == reference.loss
+        if not trained and _size(reference) != _size(outcome):
+            return _failed(
+                f"the output has {_size(outcome)} values, in fp32 {_size(reference)}: give the task a forward= whose "
+                "output has one shape, to compare more than that"
+            )
         measure = self._loss if trained else self._output
-        visible = [self._order(reference, outcome), measure(reference, outcome)]
+        visible = [measure(reference, outcome), *([self._order(reference, outcome)] if order else [])]
         parts = [*visible, *(self._gradients(reference, outcome) if trained else ())]
         worst = max(parts, key=lambda p: p.score)
         numbers = {key: value for part in parts for key, value in part.numbers.items()}
@@ -61,16 +67,17 @@ class Yardstick:
         )
 
     def _gradients(self, reference: Outcome, outcome: Outcome) -> list[Judgement]:
-        known = self.gradients or {}
-        error2 = size2 = usual2 = 0.0
-        elements = harmed = 0
+        known = {k: v for k, v in (self.gradients or {}).items() if v < float("inf")}
+        sizes = {k: float(torch.linalg.vector_norm(g)) for k, g in reference.gradients.items()}
+        usual2 = sum(known.get(k, 0.0) ** 2 for k in sizes)
+        whole = sum(s**2 for s in sizes.values()) ** 0.5 + usual2**0.5
+        error2, elements, harmed = 0.0, 0, 0
         worst, worst_error = "", 0.0
         for name, exact in reference.gradients.items():
             got = outcome.gradients.get(name)
             error = float(torch.linalg.vector_norm(exact if got is None else got - exact))
-            size, usual = float(torch.linalg.vector_norm(exact)), known.get(name, 0.0)
-            relative = error / (size + usual) if error else 0.0
-            error2, size2, usual2 = error2 + error**2, size2 + size**2, usual2 + usual**2
+            relative = _share(error, sizes[name] + known.get(name, 0.0) or whole)  # one that is 0: against all
+            error2 += error**2
             elements += exact.numel()
             if relative > self.tolerance.parameter:
                 harmed += exact.numel()
@@ -78,48 +85,74 @@ class Yardstick:
                 worst, worst_error = name, relative
         if not elements:
             return []
-        total = error2**0.5 / (size2**0.5 + usual2**0.5) if error2 else 0.0
+        total = _share(error2**0.5, whole)
         share = harmed / elements
         return [
             Judgement(
                 total / self.tolerance.gradient,
-                f"parameter gradients are off by {total:.0%} of their size, those of {worst} by {worst_error:.0%}",
+                f"parameter gradients are off by {percent(total, 'their size')}, those of {worst} by "
+                f"{percent(worst_error)}",
                 {"gradient_error": total, "worst_gradient_error": worst_error},
             ),
             Judgement(
                 share / self.tolerance.elements,
                 f"the gradients of {share:.0%} of the trained elements are off by more than "
-                f"{self.tolerance.parameter:.0%}, those of {worst} by {worst_error:.0%}",
+                f"{self.tolerance.parameter:.0%}, those of {worst} by {percent(worst_error)}",
                 {"elements_off": share},
             ),
         ]
 
     def _output(self, reference: Outcome, outcome: Outcome) -> Judgement:
         assert reference.outputs is not None and outcome.outputs is not None
-        size = float(torch.linalg.vector_norm(reference.outputs))
-        error = float(torch.linalg.vector_norm(outcome.outputs - reference.outputs))
-        relative = error / size if size else float(error > 0)
+        if reference.discrete:
+            differ = float((outcome.outputs != reference.outputs).float().mean()) if _size(reference) else 0.0
+            text = f"{differ:.1%} of the output's integers differ"
+            return Judgement(differ / self.tolerance.output, text, {"output_error": differ})
+        finite = reference.outputs.isfinite()  # -inf where a mask wrote it, and so in both
+        size = float(torch.linalg.vector_norm(reference.outputs[finite]))
+        error = float(torch.linalg.vector_norm((outcome.outputs - reference.outputs)[finite]))
+        relative = _share(error, size)
         return Judgement(
             relative / self.tolerance.output,
-            f"the output is off by {relative:.1%} of its size",
+            f"the output is off by {percent(relative, 'its size', digits=1)}",
             {"output_error": relative},
         )
 
     def _order(self, reference: Outcome, outcome: Outcome) -> Judgement:
         """Values of the output that were told apart in fp32 and are not any more: scores that saturate."""
         before, after = reference.outputs, outcome.outputs
-        if before is None or after is None or before.numel() < 8 or before.shape != after.shape:
+        if before is None or after is None or reference.discrete or before.numel() < 8 or before.shape != after.shape:
             return Judgement(0.0, "", {})
         if before.numel() > 512:
             before, after = (v[:: v.numel() // 512] for v in (before, after))
         gap = before[:, None] - before[None, :]
-        pairs = gap > 1e-6 * float(before.abs().max())
+        finite = before.isfinite()
+        pairs = gap > 1e-6 * float(before[finite].abs().max()) if bool(finite.any()) else torch.zeros_like(gap).bool()
         count = int(pairs.sum())
         if not count:
             return Judgement(0.0, "", {})
         lost = int(((after[:, None] - after[None, :]) <= 0)[pairs].sum()) / count
         text = f"{lost:.0%} of the pairs of output values that differ in fp32 become equal or change places"
         return Judgement(lost / self.tolerance.order, text, {"order_lost": lost})
+
+
+def _share(error: float, size: float) -> float:
+    return error / size if size else float("inf") if error else 0.0
+
+
+def _failed(text: str) -> Judgement:
+    return Judgement(float("inf"), text, {}, float("inf"))
+
+
+def _size(outcome: Outcome) -> int:
+    return 0 if outcome.outputs is None else outcome.outputs.numel()
+
+
+def _spoilt(before: torch.Tensor | None, after: torch.Tensor | None) -> bool:
+    """Whether values of the output are not finite that are in fp32: masks write -inf into both."""
+    if before is None or after is None or before.shape != after.shape:
+        return False
+    return bool((before.isfinite() & ~after.isfinite()).any() | (before.isinf() & (after != before)).any())
 
 
 def _nonfinite(reference: Outcome, outcome: Outcome) -> str:

@@ -15,16 +15,16 @@ from torch import nn
 
 from ..applying import apply
 from ..applying.dtypes import DTYPES
-from ..attribution import Attribution
+from ..attribution import Attribution, unwrap
 from ..batches import copy_containers
 from ..plans import PrecisionPlan
 from ..preservation import eager, preserved
-from ..recording.recorder import unwrap
 from ..recording.tensors import named_tensors
 from ..tasks import Task
 from ..training.devices import own_device, to_device
 from ..training.halfmatmul import half_matmul_through_fp32, needs_half_matmul
 from .explanation import OpLog
+from .states import attributes_kept
 from .substitution import Memory, Substitution
 
 _SAMPLE = 512  # elements of the output that are compared by order
@@ -35,22 +35,24 @@ _RETRY = (0, -5, -10)  # binades by which a loss scale is lowered where gradient
 class Outcome:
     """What one pass gave. loss: NaN for inference. gradients: parameter -> fp32 tensor, loss scale divided out.
     outputs: the floating outputs in one fp32 vector (inference), else a sample. error: what was raised, "" if nothing.
-    scale_exponent: k of the loss scale 2^k that was used."""
+    scale_exponent: k of the loss scale 2^k that was used. discrete: the outputs are integers, such as classes."""
 
     loss: float = float("nan")
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     outputs: torch.Tensor | None = None
     error: str = ""
     scale_exponent: int = 0
+    discrete: bool = False
 
     @property
     def finite(self) -> bool:
-        """Whether loss, outputs and gradients are all finite and nothing was raised."""
-        if self.error or (self.outputs is not None and not bool(self.outputs.isfinite().all())):
+        """Whether nothing was raised, and loss and gradients are finite, or at inference the output holds no NaN. An
+        output may hold infinities: masks write them."""
+        if self.error:
             return False
         if self.gradients or self.loss == self.loss:
             return self.loss - self.loss == 0 and self.gradients_finite
-        return True
+        return self.outputs is None or not bool(self.outputs.isnan().any())
 
     @property
     def gradients_finite(self) -> bool:
@@ -71,6 +73,7 @@ class Prober:
         self.scale_exponent = scale_exponent
         self.passes = 0
         self._log: OpLog | None = None
+        self._in_vain = 0  # times that no loss scale gave finite gradients
 
     def reference(self, batch: Any) -> Outcome:
         """In fp32, autocast off."""
@@ -130,10 +133,12 @@ class Prober:
         k = self.scale_exponent
         if fmt != "fp16" or k is None or self.inference:
             return self._run(batch, inside(), outside, scale=0, fmt=fmt)
-        for lower in _RETRY:
+        # where lowering it has not helped before, the lowest scale alone tells whether it does now
+        for lower in _RETRY if self._in_vain < 2 else (_RETRY[0], _RETRY[-1]):
             outcome = self._run(batch, inside(), outside, scale=k + lower, fmt=fmt)
             if outcome.error or outcome.gradients_finite or outcome.loss - outcome.loss != 0:
-                break
+                return outcome
+        self._in_vain += 1
         return outcome
 
     def _run(self, batch: Any, inside: Any, outside: Any, *, scale: int, fmt: str = "fp32") -> Outcome:
@@ -143,6 +148,7 @@ class Prober:
         captured: list[torch.Tensor] = []
         with ExitStack() as stack:
             stack.enter_context(preserved(model))
+            stack.enter_context(attributes_kept(model))
             stack.enter_context(eager())
             torch.clear_autocast_cache()
             model.train(not self.inference)
@@ -154,7 +160,7 @@ class Prober:
                 with torch.autocast(self.device.type, enabled=False), inside, self._log or nullcontext():
                     around = outside if isinstance(outside, nullcontext) else outside()
                     return self._forward_backward(batch, around, captured, scale)
-            except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError, AssertionError) as error:
+            except Exception as error:  # the user's code: what it raises in a format is an outcome
                 return Outcome(error=_one_line(error), scale_exponent=scale)
 
     def _forward_backward(self, batch: Any, around: Any, captured: list[torch.Tensor], scale: int) -> Outcome:
@@ -163,7 +169,8 @@ class Prober:
         if self.inference:
             with torch.no_grad(), around:
                 output = task.forward(model, batch) if task.forward else _call(model, batch)
-            return Outcome(outputs=_vector(output, whole=True))
+            discrete = not any(t.is_floating_point() for _, t in named_tensors(output))
+            return Outcome(outputs=_vector(output, whole=True), discrete=discrete)
         with around:
             loss = task.checked_loss(batch)
         (loss * 2.0**scale).backward()
@@ -178,8 +185,10 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 
 def _vector(output: Any, *, whole: bool = False) -> torch.Tensor:
-    """The floating tensors of an output as one fp32 vector; unless `whole`, an evenly spaced sample of the first."""
-    found = [t.detach() for _, t in named_tensors(output) if t.is_floating_point()]
+    """The floating tensors of an output as one fp32 vector, its integers where it has no others; unless `whole`, an
+    evenly spaced sample of the first."""
+    tensors = [t.detach() for _, t in named_tensors(output)]
+    found = [t for t in tensors if t.is_floating_point()] or [t for t in tensors if whole and not t.is_complex()]
     if not found:
         return torch.zeros(0)
     if whole:

@@ -59,9 +59,14 @@ def recommend(
     asked: dict[str, Any] = {"formats": formats, "policy": policy, "limits": limits, "costs": costs}
     if task is None:
         return predict(profile, **asked)
-    from ..tasks import Task, make_task
+    from ..tasks import Task, TaskRef, make_task
     from .session import Session
 
+    if not isinstance(task, Task | TaskRef | str) and not callable(task):
+        raise UsageError(
+            "task must be a precscope.Task, a function that makes one, or its name (file.py:function), "
+            f"not {task!r:.40}"
+        )
     if not isinstance(task, Task):
         task = make_task(task, seed=int(profile.run.get("seed", 0) or 0))
     session = Session(

@@ -34,16 +34,24 @@ class Finding:
 
 
 def find_high(
-    units: Sequence[str], holds: Holds, alone: Alone, *, start: frozenset[str] = frozenset(), budget: int
+    units: Sequence[str],
+    holds: Holds,
+    alone: Alone,
+    *,
+    start: frozenset[str] = frozenset(),
+    budget: int,
+    spent: Callable[[], int] | None = None,
 ) -> Finding:
     """The smallest set of `units` (a superset of `start`) found that must be high.
 
-    units: names, parents before children. budget: calls of `holds` and `alone` together.
+    units: names, parents before children. budget: passes that `holds` and `alone` may make together. spent: how many
+    were made so far, by any count; None: each call makes one.
     """
+    counter = _Counter(budget, spent)
+    counter.take()
     before = holds(start)
     if before.passed:
         return Finding(start, before, before)
-    counter = _Counter(budget - 1)
     rest = [u for u in units if u not in start]
     scores = _scores(rest, alone, counter)
     ranked = sorted(rest, key=lambda u: -_score_of(u, scores))
@@ -55,13 +63,21 @@ def find_high(
 
 
 class _Counter:
-    def __init__(self, left: int) -> None:
-        self.left = left
+    def __init__(self, budget: int, spent: Callable[[], int] | None) -> None:
+        self._calls = 0
+        self._spent = spent or (lambda: self._calls)
+        self._end = self._spent() + budget
+
+    @property
+    def left(self) -> int:
+        """Passes that may still be made."""
+        return self._end - self._spent()
 
     def take(self) -> bool:
-        """Whether one more may be made; counts it."""
-        self.left -= 1
-        return self.left >= 0
+        """Whether one more call may be made; counts it."""
+        allowed = self.left > 0
+        self._calls += 1
+        return allowed
 
 
 def _scores(units: list[str], alone: Alone, counter: _Counter) -> dict[tuple[str, ...], Judgement]:

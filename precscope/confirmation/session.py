@@ -12,11 +12,11 @@ import numpy as np
 from ..advice import Measured
 from ..advice import recommend as predict
 from ..advice.units import ModelGraph
-from ..errors import TaskError
+from ..attribution import unwrap
+from ..errors import TaskError, nearest
 from ..formats import get_format
 from ..plans import LayerPrecision, PrecisionPlan, Reason
 from ..profiles import Profile
-from ..recording.recorder import unwrap
 from ..sites import Role
 from ..tasks import Task
 from .explanation import Explanation, explain
@@ -54,6 +54,7 @@ class Session:
         self.loss_scaling = loss_scaling
         self._note = note or (lambda text: None)
         self.graph = ModelGraph.of(profile)
+        _check_model(task, self.graph)
         self.measured = Measured()
         self.yardstick = Yardstick(tolerance, _loss_span(profile), _usual_gradients(profile))
         self.findings: dict[tuple[str, str], Finding] = {}
@@ -71,7 +72,7 @@ class Session:
             self._prepare()
             for _ in range(2 * len(self._formats())):
                 plan = self._predict(hopeful=True)
-                new = sorted(_low_formats(plan) - self.measured.formats)
+                new = sorted(f for f in _low_formats(plan) - self.measured.formats if get_format(f).bits == 16)
                 if not new:
                     break
                 for fmt in new:
@@ -88,7 +89,7 @@ class Session:
         for index in range(max(count, self.trial_steps)):
             try:
                 found.append(self.task.batch(first + index))
-            except TaskError:
+            except Exception:  # a generator that is used up, a function of steps that go no further
                 break
         self.confirming = found[:count] or [self.task.batch(0)]
         return found
@@ -165,9 +166,17 @@ class Session:
             guilty = {u for u in finding.high - high if u in finding.alone and finding.alone[u].score > 0.5}
             explained = self._explain(fmt, state, guilty)
             for unit in sorted(finding.high - high):
-                self.measured.forbid(unit, fmt, self._reason(unit, fmt, state, finding, explained.get(unit)))
+                self._forbid(unit, fmt, self._reason(unit, fmt, state, finding, explained.get(unit)))
             high = finding.high
         self.measured.formats |= {fmt}
+
+    def _forbid(self, unit: str, fmt: str, reason: Reason) -> None:
+        """What is too coarse in a format with fp32's range is no better in one with fewer bits still."""
+        self.measured.forbid(unit, fmt, reason)
+        tried = get_format(fmt)
+        for other in map(get_format, self._formats()):
+            if tried.emax == get_format("fp32").emax and other.bits <= 8 and other.precision < tried.precision:
+                self.measured.forbid(unit, other.name, reason)
 
     def _certain(self, fmt: str) -> list[str]:
         """Units that recorded values already forbid."""
@@ -182,17 +191,18 @@ class Session:
 
         def holds(high: frozenset[str]) -> Judgement:
             self.states.go(state)
-            judgement = self._judge(reference, self.prober.planned(batch, self._plan_of(fmt, high)))
+            judgement = self._judge(reference, self.prober.planned(batch, self._plan_of(fmt, high)), state)
             if high == start and not judgement.passed and self._acquitted(fmt, start, judgement):
                 return dataclasses.replace(judgement, score=judgement.visible)
             return judgement
 
         def alone(units: Collection[str]) -> Judgement:
             self.states.go(state)
-            return self._judge(reference, self.prober.alone(batch, fmt, units, self._memory(fmt, state)))
+            return self._judge(reference, self.prober.alone(batch, fmt, units, self._memory(fmt, state)), state)
 
         names = [u.name for u in self.graph.units]
-        return find_high(names, holds, alone, start=start, budget=max(self._passes_left(fmt), 4))
+        budget = max(self._passes_left(fmt) - 2, 4)  # the last judgement may take three
+        return find_high(names, holds, alone, start=start, budget=budget, spent=lambda: self.prober.passes)
 
     def _acquitted(self, fmt: str, high: frozenset[str], judgement: Judgement) -> bool:
         """Whether only gradients are off, and training does not mind: those of a saturated softmax can be wrong many
@@ -220,8 +230,9 @@ class Session:
             _, self._memories[key] = self.prober.all_low(self.confirming[0], fmt)
         return self._memories[key]
 
-    def _judge(self, reference: Outcome, outcome: Outcome) -> Judgement:
-        return self.yardstick.judge(reference, outcome)
+    def _judge(self, reference: Outcome, outcome: Outcome, state: str) -> Judgement:
+        """A model that is yet to be trained may give nearly the same for everything: its outputs need no order."""
+        return self.yardstick.judge(reference, outcome, order=state != "start" or "trained" not in self.states)
 
     def _plan_of(self, fmt: str, high: frozenset[str]) -> PrecisionPlan:
         def layer(unit: str) -> LayerPrecision:
@@ -232,7 +243,8 @@ class Session:
 
     def _explain(self, fmt: str, state: str, units: Collection[str]) -> dict[str, Explanation]:
         """Which op does the harm in each of `units`, as far as passes remain."""
-        units = sorted(units)[: max(0, self._passes_left(fmt) - 1)]
+        each = 2 if fmt == "fp16" and self.loss_scaling else 1  # where a loss scale is sought in vain
+        units = sorted(units)[: max(0, (self._passes_left(fmt) - 1) // each)]
         if not units:
             return {}
         batch, memory = self.confirming[0], self._memory(fmt, state)
@@ -281,12 +293,12 @@ class Session:
         """The worst judgement over batches and states, and where."""
         worst, where = Judgement(0.0, "", {}), ""
         if not _low_formats(plan):
-            return worst, where
+            return worst, where  # nothing but fp32 and tf32
         for state in self.states:
             for index, batch in enumerate(self.confirming):
                 reference = self._reference(state, index)
                 self.states.go(state)
-                judgement = self._judge(reference, self.prober.planned(batch, plan))
+                judgement = self._judge(reference, self.prober.planned(batch, plan), state)
                 if any(self._keeps_up.get(fmt) for fmt in _low_formats(plan)):
                     judgement = dataclasses.replace(judgement, score=judgement.visible)
                 if judgement.score >= worst.score:
@@ -352,6 +364,17 @@ class Session:
         }
 
 
+def _check_model(task: Task, graph: ModelGraph) -> None:
+    names = {name for name, _ in unwrap(task.model).named_modules(remove_duplicate=False)}
+    missing = [u.name for u in graph.units if u.name not in names]
+    if missing:
+        hint = nearest(missing[0], names)
+        raise TaskError(
+            f"the task's model has no module {missing[0]!r}{f' (did you mean {hint}?)' if hint else ''}, which ran in "
+            "the recorded run: give the task that was profiled, or profile this one"
+        )
+
+
 def trial_text(trial: dict[str, Any]) -> str:
     """A trial that did not pass, in words."""
     if trial["error"]:
@@ -364,7 +387,7 @@ def trial_text(trial: dict[str, Any]) -> str:
 
 def _low_formats(plan: PrecisionPlan) -> frozenset[str]:
     used = {layer.compute for layer in plan.modules.values()} | {plan.default.compute}
-    return frozenset(f for f in used if get_format(f).bits == 16)
+    return frozenset(f for f in used if f not in ("fp32", "tf32"))
 
 
 def _loss_span(profile: Profile) -> float:

@@ -2,10 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+_OWN = frozenset(vars(nn.Module())) | {"_flat_weights"}
+"""What nn.Module keeps itself: parameters, buffers, modules, hooks, the training flag."""
+
+
+@contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Give modules their plain attributes back on exit: tensors, numbers, dicts and lists that a forward pass may keep
+    (a cache of positions, a call count), which are no parameters and no buffers. What was made inside is dropped, so
+    that a cache filled in one format is not met in another."""
+    before = {m: {k: (v, _contents(v)) for k, v in vars(m).items() if _is_plain(k, v)} for m in model.modules()}
+    names = {m: set(vars(m)) for m in before}
+    try:
+        yield
+    finally:
+        for module, kept in before.items():
+            for key in set(vars(module)) - names[module]:
+                if _is_plain(key, vars(module)[key]):
+                    del vars(module)[key]
+            for key, (value, contents) in kept.items():
+                vars(module)[key] = value
+                if contents is not None:
+                    value.clear()
+                    value.update(contents) if isinstance(value, dict) else value.extend(contents)
+
+
+def _is_plain(key: str, value: Any) -> bool:
+    own = key in _OWN or "hook" in key or key.startswith("_precscope") or key == "forward"
+    return not own and (value is None or isinstance(value, torch.Tensor | bool | int | float | dict | list))
+
+
+def _contents(value: Any) -> Any:
+    return value.copy() if type(value) in (dict, list) else None
 
 
 class States:

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
+from ..attribution import unwrap
 from ..batches import copy_containers, preserved_rng
 from ..plans import PrecisionPlan
 from ..preservation import eager, preserved
-from ..recording.recorder import unwrap
 from ..tasks import Task
 from ..training.config import TrainConfig
 from ..training.devices import own_device, to_device
 from ..training.optim import clip, gradients, make_optimizer
 from ..training.precision import Precision, make_precision
+from .states import attributes_kept
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,37 @@ def state_kept(task: Task) -> Iterator[None]:
     before afterwards. What else a user's code changes (an EMA copy outside the model) is its own."""
     model = unwrap(task.model)
     values = {p: p.detach().clone() for p in model.parameters()}
-    optimizer = task.optimizer if isinstance(task.optimizer, torch.optim.Optimizer) else None
-    state = copy.deepcopy(optimizer.state_dict()) if optimizer is not None else None
-    with preserved(model):
+    with preserved(model), optimizer_kept(task):
         try:
             yield
         finally:
             with torch.no_grad():
                 for parameter, value in values.items():
                     parameter.data = value if parameter.dtype is not value.dtype else parameter.data.copy_(value)
-            if optimizer is not None and state is not None:
-                optimizer.load_state_dict(state)
+
+
+@contextmanager
+def optimizer_kept(task: Task) -> Iterator[None]:
+    """Where the task holds an optimizer itself: its state and settings are as before afterwards, the same tensors with
+    the same values. Two trials then start equal."""
+    optimizer = task.optimizer
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        yield
+        return
+    kept = {parameter: dict(state) for parameter, state in optimizer.state.items()}
+    values = copy.deepcopy([list(state.values()) for state in kept.values()])
+    settings = [{k: copy.deepcopy(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    try:
+        yield
+    finally:
+        optimizer.state.clear()
+        for (parameter, state), old in zip(kept.items(), values, strict=True):
+            for (key, value), content in zip(state.items(), old, strict=True):
+                same = isinstance(value, torch.Tensor) and value.shape == content.shape and not value.is_sparse
+                state[key] = value.copy_(content) if same else content
+            optimizer.state[parameter] = state
+        for group, old_settings in zip(optimizer.param_groups, settings, strict=True):
+            group.update(old_settings)
 
 
 def run_trial(
@@ -81,7 +102,7 @@ def run_trial(
     skipped = 0
     model.train()
     try:
-        with preserved_rng(cuda=True), eager(), mode.applied(model):
+        with preserved_rng(cuda=True), eager(), attributes_kept(model), optimizer_kept(task), mode.applied(model):
             optimizer = make_optimizer(task, TrainConfig(steps=max(1, len(batches))))
             optimizer.zero_grad(set_to_none=True)
             for batch in batches:
@@ -94,7 +115,7 @@ def run_trial(
                 skipped += bool(mode.step(optimizer, torch.isfinite(norm)))
                 optimizer.zero_grad(set_to_none=True)
                 losses.append(float(loss.detach()))
-    except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError, AssertionError) as error:
+    except Exception as error:  # the user's code
         lines = str(error).strip().splitlines()
         return Trial(tuple(losses), skipped, f"{type(error).__name__}: {lines[0]:.160}" if lines else repr(error))
     return Trial(tuple(losses), skipped)

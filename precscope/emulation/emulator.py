@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..attribution import Attribution, Where
 from ..batches import preserved_rng
 from ..errors import ModelError, UsageError, nearest
 from ..formats import FloatFormat
 from ..plans.lookup import Lookup, is_pattern
+from ..preservation import preserved_buffers
 from ..reference import check_rounding
 from .casts import Casts
 from .marker import marked
@@ -24,6 +25,11 @@ from .mode import EmulationMode, Rounder, known_format
 
 _POLICIES = ("cast", "autocast")
 _active: list[Emulation] = []
+
+
+def is_emulating() -> bool:
+    """Whether an `emulate` block is entered."""
+    return bool(_active)
 
 
 def emulate(
@@ -66,7 +72,8 @@ def emulate(
 
     On exit buffers and the random number generators are as they were; gradients are kept: they are results. Compiled
     code runs eagerly inside. Other dispatch modes are to be entered inside this one.
-    Raises UsageError for an unknown policy, device or module, and where emulation is active already; FormatError;
+    Raises UsageError for an unknown policy, device or module, and where emulation, a tracer or an op recorder is active
+    already; FormatError;
     PlanError where two patterns match.
     """
     return Emulation(
@@ -121,9 +128,15 @@ class Emulation:
                 "emulation is active already: give one emulate() the formats of all modules, "
                 "emulate(model, {'blocks.3': 'fp16', 'head': 'e4m3'})"
             )
+        if any(getattr(mode, "inside_emulation", False) for mode in _get_current_dispatch_mode_stack()):
+            raise UsageError(
+                "ps.trace and record_ops see emulated numbers only where they are entered inside: "
+                "with ps.emulate(model, ...), ps.trace(model) as t: ..."
+            )
+        self.rounder.restart()
         with contextlib.ExitStack() as stack:
             stack.enter_context(preserved_rng(cuda=True))
-            stack.enter_context(_preserved_buffers(self.model))
+            stack.enter_context(preserved_buffers(self.model))
             _active.append(self)
             stack.callback(_active.clear)
             stack.enter_context(self.who)
@@ -196,21 +209,3 @@ def _autocast_device(device: str | None, own: str) -> str:
     if device not in ("cuda", "cpu"):
         raise UsageError(f"device must be 'cuda' or 'cpu': whose autocast lists decide, not {device!r}")
     return device
-
-
-@contextlib.contextmanager
-def _preserved_buffers(model: nn.Module) -> Any:
-    """Restore the buffers on exit: their values, and where one was re-assigned, the tensor that was there."""
-    owned = {m: dict(m._buffers) for m in model.modules()}
-    values: dict[Tensor, Tensor] = {b: b.detach().clone() for b in model.buffers()}
-    try:
-        yield
-    finally:
-        for module, buffers in owned.items():
-            module._buffers.clear()
-            module._buffers.update(buffers)
-        with torch.no_grad():
-            for buffer, old in values.items():
-                if buffer.shape != old.shape:
-                    buffer.resize_(old.shape)
-                buffer.copy_(old)

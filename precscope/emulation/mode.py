@@ -57,6 +57,10 @@ class Rounder:
         self._seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}
 
+    def restart(self) -> None:
+        """Draw from the beginning again."""
+        self._generators.clear()
+
     @property
     def is_plain(self) -> bool:
         """Whether it rounds as hardware does: then half kernels may do it."""
@@ -86,6 +90,7 @@ class EmulationMode(TorchDispatchMode):
 
     def __init__(self, owner: Emulation, rounder: Rounder, marks: Marks) -> None:
         super().__init__()
+        self.supports_higher_order_operators = True  # flex_attention: one op, rounded at its ends
         self._owner, self._rounder, self._marks = owner, rounder, marks
         self.listed = True  # whether autocast's lists apply: code can switch it off for a while
         self.wide = 0  # above 0 inside a function whose result was asked for in float32

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..attribution import unwrap
 from ..preservation import eager, preserved
-from .recorder import unwrap
 from .watcher import watched_modules
 
 

@@ -8,6 +8,7 @@ before `drain`, which makes one copy per device.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from ..kernels import SlotBuffer
 from ..sites import Site
 from ..stats import StatsTable
 from ..store import StatsWriter
+from .tensors import unseen
 
 Slot = tuple[str, int]  # device, row in that device's buffer
 
@@ -48,6 +50,7 @@ class Observations:
         self.used += 1
         return buffer, (key, index)
 
+    @unseen
     def reduce(self, x: torch.Tensor) -> Slot:
         """Reduce `x` into a new slot."""
         buffer, slot = self._slot(x.device)
@@ -58,6 +61,7 @@ class Observations:
         """A new slot for weights alone."""
         return self._slot(device)[1]
 
+    @unseen
     def price(self, slot: Slot, y: torch.Tensor, g: torch.Tensor) -> None:
         """Add the gradient g = dL/dy of the values y to the slot's gradient-weighted histogram."""
         self._buffers[slot[0]].accumulate_weights(slot[1], y, g)
@@ -66,6 +70,7 @@ class Observations:
         """What rounding the tensor of the row (step, site) to each of store.CHANGES does to the loss, float64 [4]."""
         self._changes[step, site] = changes
 
+    @unseen
     def reduce_update(self, step: int, sites: Iterable[Site], before: torch.Tensor, after: torch.Tensor) -> None:
         """Reduce the update after - before, and its size relative to `before`, into the rows (step, sites)."""
         buffer, slot = self._slot(after.device)
@@ -106,12 +111,14 @@ class Observations:
         for site in sites:
             self._skipped[step, site] = flag
 
+    @unseen
     def drain(self, writer: StatsWriter) -> int:
         """Write all rows as one part and forget them. Returns the number of rows written.
 
         They are forgotten also where writing fails, so that a full disk cannot grow the memory of the run.
         """
-        rows = [r for r in self._rows if r not in self._skipped or not float(self._skipped[r].max())]
+        skipped = _on_host({row: flag.reshape(-1).float().amax(0, keepdim=True) for row, flag in self._skipped.items()})
+        rows = [row for row in self._rows if not skipped.get(row, [0.0])[0]]
         try:
             if rows:
                 writer.write(*self._read(rows), changes=self._read_changes(rows))
@@ -120,11 +127,8 @@ class Observations:
         return len(rows)
 
     def _read_changes(self, rows: list[tuple[int, Site]]) -> dict[int, list[float]]:
-        at = [i for i, row in enumerate(rows) if row in self._changes]
-        if not at:
-            return {}
-        values = torch.stack([self._changes[rows[i]].cpu() for i in at]).tolist()
-        return dict(zip(at, values, strict=True))
+        changes = _on_host(self._changes)
+        return {i: changes[row] for i, row in enumerate(rows) if row in changes}
 
     def _read(
         self, rows: list[tuple[int, Site]]
@@ -150,7 +154,7 @@ class Observations:
                     everything.counts[at].sum(0), int(everything.zeros[at].sum()), int(everything.pos_inf[at].sum())
                 )  # fmt: skip
         steps = np.asarray([step for step, _ in rows], np.int64)
-        return steps, [site for _, site in rows], _unscale(table, scale), scale, ratios
+        return steps, [site for _, site in rows], unscaled(table, scale), scale, ratios
 
     def _clear(self) -> None:
         for key, buffer in self._buffers.items():
@@ -166,7 +170,16 @@ class Observations:
         self.used = 0
 
 
-def _unscale(table: StatsTable, scale: np.ndarray) -> StatsTable:
+def _on_host(tensors: dict[Any, torch.Tensor]) -> dict[Any, list[float]]:
+    """The elements of one-dimensional tensors of equal length: one copy from each device."""
+    found: dict[Any, list[float]] = {}
+    for device in {x.device for x in tensors.values()}:
+        keys = [key for key, x in tensors.items() if x.device == device]
+        found |= zip(keys, torch.stack([tensors[key] for key in keys]).tolist(), strict=True)
+    return found
+
+
+def unscaled(table: StatsTable, scale: np.ndarray) -> StatsTable:
     """Divide the loss scale out of each row: exact for powers of two. For another scale the scalars are exact and the
     histogram moves by floor(log2 scale), so that an element may be counted one binade too high."""
     scale = np.where(np.isfinite(scale) & (scale > 0), scale, 1.0)

@@ -37,7 +37,7 @@ from ..errors import UsageError
 from ..kernels import SlotBuffer
 from ..opstore import OpRecords, OpSite, at_step, concat, write_ops
 from ..stats import StatsTable
-from .observations import _unscale
+from .observations import unscaled
 from .tensors import dense
 
 _NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -74,7 +74,7 @@ class _Rows:
         n = len(self.sites)
         table = self.buffer.read(n)
         scales = np.asarray([scale if site.phase == "backward" else 1.0 for site in self.sites])
-        table = _unscale(table, scales)
+        table = unscaled(table, scales)
         amax = np.asarray([max((table.amax[i] for i in inputs), default=np.nan) for inputs in self.inputs])
         return OpRecords(self.sites, table, amax, scales, np.zeros(n, np.int64))
 
@@ -82,8 +82,11 @@ class _Rows:
 class OpRecorder(TorchDispatchMode):
     """Reduces what ops make; see the module's docstring and `record_ops`."""
 
+    inside_emulation = True  # to be entered there: see Emulation
+
     def __init__(self, model: nn.Module, *, loss_scale: float | Tensor | None = None) -> None:
         super().__init__()
+        self.supports_higher_order_operators = True  # flex_attention: one op, judged by what it returns
         self._who = Attribution(model)
         self.loss_scale = loss_scale
         self.paused = False
@@ -93,10 +96,13 @@ class OpRecorder(TorchDispatchMode):
         # (memory, offset, size) of a result -> (reference that keeps the address from being used again, version, row)
         self._met: dict[tuple[Any, ...], tuple[StorageWeakRef, int, int]] = {}
         self._stack = contextlib.ExitStack()
+        self._entered = False
 
     # life cycle
 
     def __enter__(self) -> OpRecorder:
+        if self._entered:
+            raise UsageError("this op recorder is entered already: call record_ops(model) again for another one")
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._who)
             handles = (
@@ -107,11 +113,13 @@ class OpRecorder(TorchDispatchMode):
                 stack.callback(handle.remove)
             super().__enter__()
             self._stack = stack.pop_all()
+        self._entered = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._entered = False
         super().__exit__(kind, value, trace)
         self._stack.close()
         self._met.clear()

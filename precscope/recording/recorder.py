@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from .. import __version__
+from ..attribution import unwrap
 from ..batches import RandomStates
 from ..errors import ModelError, RunDirectoryError, UsageError
 from ..opstore import at_step, write_ops
@@ -37,6 +38,7 @@ from ..store import (
     write_truth,
 )  # fmt: skip
 from . import graph
+from .distributed import ddp_in
 from .observations import Observations
 from .updates import OptimizerWatcher
 from .watcher import Watcher, watched_modules
@@ -77,6 +79,7 @@ class Recorder:
         if on_error not in ("warn", "raise"):
             raise UsageError(f"on_error must be 'warn' or 'raise', not {on_error!r}")
         self.model = unwrap(model)
+        self._ddp = ddp_in(model)
         if not watched_modules(self.model):
             raise ModelError(f"{type(self.model).__name__} has no module that computes: there is nothing to record")
         self.every, self.flush_every, self.on_error = every, flush_every, on_error
@@ -109,7 +112,12 @@ class Recorder:
         self._graph_written = False
         self._write_run("running")
         self._open = True
-        self._begin_step()
+        try:
+            self._begin_step()
+        except BaseException:
+            self._open = False
+            self._detach()
+            raise
         return self
 
     def __exit__(
@@ -181,14 +189,24 @@ class Recorder:
         buffers, generators and ordinary statistics are left as they were. Costs one fp32 step and an extra pass over
         each tensor; keeps a byte for each element of an activation until its gradient arrives.
 
-        Raises UsageError after the optimizer's step and where a closure returns no loss; what a closure raises passes
-        through. A directory that cannot be written is treated as `on_error` says.
+        Under DistributedDataParallel, `record` is to be given the wrapped model, and all processes are to call shadow()
+        in the same step, with gradients that were exchanged: those of fp32 are averaged over the processes, too.
+
+        Raises UsageError after the optimizer's step, inside ps.emulate, and where a closure returns no loss; what a
+        closure raises passes through. A directory that cannot be written is treated as `on_error` says.
         """
         if not self._open:
             raise UsageError("shadow() belongs inside the with block: with ps.record(model, out) as rec: ...")
         if not self.recording or (self.shadow_every is not None and not self.shadow_due):
             return None
+        from ..emulation.emulator import is_emulating
         from .shadow import ShadowStep
+
+        if is_emulating():
+            raise UsageError(
+                "shadow() runs the model in true fp32, and ps.emulate is active: leave its with block first, or record "
+                "the emulated run without shadow steps"
+            )
 
         watcher = self._watcher
         if watcher.versions and watcher.versions != watcher.parameter_versions():
@@ -200,8 +218,9 @@ class Recorder:
             random = [watcher.began] if watcher.began is not None else []
         others = [p for o in self._optimizers for g in o.param_groups for p in g["params"] if p not in watcher.owners]
         step = ShadowStep(
-            self.index, self._gradient_scale, random, watcher.passes_began, others=others, max_calls=self._max_calls
-        )
+            self.index, self._gradient_scale, random, watcher.passes_began, others=others, max_calls=self._max_calls,
+            ddp=self._ddp,
+        )  # fmt: skip
         closures = [closure] if callable(closure) else list(closure)
         with self.paused():
             observations, truth = step.run(self.model, closures, loss)
@@ -219,11 +238,11 @@ class Recorder:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """What runs inside, an evaluation in mid-run for instance, is not recorded."""
-        self._watcher.paused = True
+        before, self._watcher.paused = self._watcher.paused, True
         try:
             yield
         finally:
-            self._watcher.paused = False
+            self._watcher.paused = before
 
     def flush(self) -> None:
         """Write what was recorded so far. Raises RunDirectoryError where the directory cannot be written."""
@@ -347,19 +366,6 @@ def record(
         model, out, optimizer=optimizer, scaler=scaler, every=every, flush_every=flush_every, max_calls=max_calls,
         shadow_every=shadow_every, ops=ops, on_error=on_error, exist=exist, first_step=first_step, info=info,
     )  # fmt: skip
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module under torch.compile and DistributedDataParallel."""
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        else:
-            return model
 
 
 def provenance(model: nn.Module) -> dict[str, Any]:

@@ -29,8 +29,9 @@ from ..preservation import preserved
 from ..rounding import quantize
 from ..sites import Role
 from ..store import CHANGES
+from .distributed import average_gradients, gradients_apart, unsynchronised
 from .observations import Observations, Slot
-from .tensors import dense
+from .tensors import dense, modes_off
 from .watcher import Watcher, _Seen
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ class ShadowStep:
 
     step: its number. gradient_scale: parameter -> by what its .grad is still multiplied. random: generators' states at
     the beginning of the step, or of each closure; pass_random: at the beginning of each pass of the model. others:
-    parameters beside the model's whose .grad must stay.
+    parameters beside the model's whose .grad must stay. ddp: what the model is wrapped in, if it is.
     """
 
     step: int
@@ -175,6 +176,7 @@ class ShadowStep:
     pass_random: Sequence[RandomStates]
     others: Iterable[Tensor] = ()
     max_calls: int = 16
+    ddp: nn.parallel.DistributedDataParallel | None = None
 
     def run(
         self, model: nn.Module, closures: Sequence[Closure], loss: Tensor | float | None
@@ -183,35 +185,42 @@ class ShadowStep:
 
         Raises UsageError where a closure does not return a scalar loss; what the closures raise passes through.
         """
-        running = {p: p.grad for p in model.parameters()}
         observations = Observations()
         with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(preserved(model))
-            stack.enter_context(_gradients_kept(self.others))
-            stack.enter_context(_no_accumulate_hooks(running))
-            stored = stack.enter_context(suspended(model))
+            running = stack.enter_context(gradients_apart(model, self.ddp))
+            stored = stack.enter_context(self._aside(model))
             watcher = ShadowWatcher(
                 model, observations, max_calls=self.max_calls, stored=stored, random=self.pass_random
             )
             stack.callback(watcher.detach)
             watcher.attach(self.step)
             total = self._backward(watcher, closures)
+            if self.ddp is not None:
+                average_gradients(model, self.ddp)
             watcher.price_weights()
             alike = self._is_same_work(watcher, any_gradient=any(g is not None for g in running.values()))
             truth = self._compare(watcher, stored, running if alike else {}, total, loss)
         return observations, truth
+
+    @contextmanager
+    def _aside(self, model: nn.Module) -> Iterator[dict[Tensor, Tensor]]:
+        """`suspended(model)`, seen by nobody else, with everything put back that a loss and a backward pass change."""
+        with ExitStack() as stack:
+            stack.enter_context(modes_off())
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(preserved(model))
+            stack.enter_context(_gradients_kept(self.others))
+            stack.enter_context(_no_accumulate_hooks(list(model.parameters())))
+            stack.enter_context(unsynchronised(self.ddp))
+            yield stack.enter_context(suspended(model))
 
     def run_ops(self, model: nn.Module, closures: Sequence[Closure]) -> OpRecords:
         """Run the closures once more in fp32, forward and backward, at op level, with nobody else watching."""
         from .ops import record_ops
 
         with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(preserved(model))
-            stack.enter_context(_gradients_kept(self.others))
-            stack.enter_context(_no_accumulate_hooks(model.parameters()))
-            stack.enter_context(suspended(model))
+            stack.enter_context(gradients_apart(model, self.ddp))
+            stack.enter_context(self._aside(model))
             ops = stack.enter_context(record_ops(model))
             for index, closure in enumerate(closures):
                 if index < len(self.random):

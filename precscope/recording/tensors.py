@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 _DEPTH = 6
 _DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16} | {
@@ -42,6 +45,30 @@ def call_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[st
     """Tensors of a call's arguments; a single one has the path ""."""
     found = [*named_tensors(args), *named_tensors(kwargs)] if kwargs else list(named_tensors(args))
     return [("", found[0][1])] if len(found) == 1 else found
+
+
+@contextlib.contextmanager
+def modes_off() -> Iterator[None]:
+    """Without the dispatch modes that are on (emulation, op recorder, tracer, the user's), so that what a watcher
+    computes is not rounded, counted or traced by them."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        yield
+        return
+    with _disable_current_modes():
+        yield
+
+
+def unseen(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, run with `modes_off`."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch._C._len_torch_dispatch_stack() == 0:
+            return function(*args, **kwargs)
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return run
 
 
 def dense(x: torch.Tensor) -> torch.Tensor | None:

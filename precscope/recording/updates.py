@@ -19,7 +19,7 @@ from torch import nn
 
 from ..sites import Role, Site
 from .observations import Observations, Slot
-from .tensors import dense
+from .tensors import dense, unseen
 from .wholestep import DERIVED, WholeStep
 
 _MANY = 64  # additions to .grad from which on it is looked at; 16-bit sums stop growing after 256 or more
@@ -102,6 +102,7 @@ class OptimizerWatcher:
         self._additions.clear()
         self._sums.clear()
 
+    @unseen
     @torch.no_grad()
     def _added(self, parameter: torch.Tensor) -> None:
         """A backward pass has added to .grad."""
@@ -112,6 +113,7 @@ class OptimizerWatcher:
             if values is not None:
                 self._sums[parameter] = self._observations.reduce(values)
 
+    @unseen
     @torch.no_grad()
     def _pre(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         assert self._step is not None
@@ -141,6 +143,7 @@ class OptimizerWatcher:
             for site in grad_sites:
                 self._observations.link_unscaled(self._step, site, slot)
 
+    @unseen
     @torch.no_grad()
     def _post(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         assert self._step is not None

@@ -46,11 +46,13 @@ class _Seen:
 
 def watched_modules(model: nn.Module) -> dict[nn.Module, str]:
     """Modules that compute or own parameters, with their first name: the root, and all others but pure containers,
-    whose tensors are their children's. A shared module appears once."""
+    whose tensors are their children's. A shared module appears once. Modules compiled by torch.jit.script take no
+    hooks: they are part of the module around them."""
     return {
         m: name
         for name, m in model.named_modules()
-        if not name or type(m) not in _CONTAINERS or next(m.parameters(recurse=False), None) is not None
+        if not isinstance(m, torch.jit.ScriptModule)
+        and (not name or type(m) not in _CONTAINERS or next(m.parameters(recurse=False), None) is not None)
     }
 
 

@@ -27,7 +27,7 @@ from torch import nn
 from ..formats import get_format
 from ..sites import Role, Site
 from .observations import Observations
-from .tensors import dense
+from .tensors import dense, unseen
 
 DERIVED = 1
 """Call index of rows of role state that are not state of an optimizer, so that they merge with none."""
@@ -58,6 +58,7 @@ class WholeStep:
         self._observations = observations
         self._groups: dict[str, _Group] = {}
 
+    @unseen
     @torch.no_grad()
     def begin(self) -> None:
         """Take samples; twins go on from the previous recorded step where the tensors are the same."""
@@ -69,6 +70,7 @@ class WholeStep:
             twins = old.twins if same and old is not None else {name: flat.clone() for name in _FORMATS}
             self._groups[device] = _Group(places, sizes, flat, twins)
 
+    @unseen
     @torch.no_grad()
     def end(self, step: int) -> None:
         """Compare with the samples of the beginning and write the rows of `step`."""

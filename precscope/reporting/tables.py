@@ -12,7 +12,7 @@ from .text import columns, line_width
 if TYPE_CHECKING:
     import pandas as pd
 
-_OP = 24  # characters of an op's name and number that are printed
+_WIDE = 72  # columns from which the last figure of a table has room
 _PHASES = {"forward": "fwd", "backward": "bwd"}
 
 
@@ -22,18 +22,25 @@ def ops_table(table: pd.DataFrame, *, total: int | None = None, width: int | Non
     total: rows there are in all, where `table` holds the first of them. width: as in text.compare_table.
     """
     width = line_width(width)
-    most = _OP if width >= 80 else _OP // 2
-    head = ("module", "phase", "op", "index", "amax", "overflow", "flushed", "SQNR")
+    head = ("module", "phase", "op", "amax", "overflow", "flushed", "SQNR")
     body = [
-        (
-            row.module or "(root)", _PHASES.get(row.phase, row.phase), shorten(row.op, most), str(row.index),
-            number(row.amax), interval(row.overflow_lo, row.overflow_hi), percent(row.flushed),
-            fixed(row.sqnr_db),
-        )
+        [
+            row.module or "(root)", _PHASES.get(row.phase, row.phase), f"{row.op}#{row.index}" if row.index else row.op,
+            number(row.amax), interval(row.overflow_lo, row.overflow_hi), percent(row.flushed), fixed(row.sqnr_db),
+        ]
         for row in table.itertuples(index=False)
     ]  # fmt: skip
+    if not body:
+        return "no recorded op matches"
+    if width < _WIDE:
+        head, body = head[:-1], [row[:-1] for row in body]
+    sizes = [max(len(head[i]), *(len(r[i]) for r in body)) for i in range(len(head))]
+    modules, room = max(sizes[0], 8), width - 2 * (len(head) - 1) - sizes[1] - sum(sizes[3:])
+    for row in body:
+        row[2] = shorten(row[2], max(room - min(modules, room // 2), 8))
     lines = columns(head, body, left=(0, 1, 2), width=width)
-    notes = ["overflow, flushed: % of all values; SQNR in dB; index counts the ops of one name in a call of the module"]
+    key = "overflow, flushed: % of all values" + ("; SQNR in dB" if width >= _WIDE else "")
+    notes = [f"{key}; #1: the second op of its name in a call of the module"]
     if (total or 0) > len(table):
         notes.append(f"the first {len(table)} of {total} ops; --rows 0 prints all")
     return "\n".join([*lines, *_notes(notes, width)])
@@ -67,12 +74,13 @@ def forecast_table(
         )
         for row in table.itertuples(index=False)
     ]  # fmt: skip
+    if width < _WIDE:
+        head, body = head[:-1], [row[:-1] for row in body]
     fmt, unknown = get_format(format), int(of.p_overflow.isna().sum())
     title = f"{fmt} (largest finite value {number(fmt.max)}), the next {plural(horizon, 'step')}"
-    notes = [
-        "room: binades from amax to the end of the format; in half, at least: what is left of them in half of the "
-        "cases, and in all but 5%; chance: of an overflow, in %, with the 5% and 95% points of what it could be"
-    ]
+    key = "room: binades from amax to the end of the format; in half, at least: what is left of them then, in half of "
+    key += "the cases and in all but 5%; chance: of an overflow, in %"
+    notes = [key + (", with the 5% and 95% points of what it could be" if width >= _WIDE else "")]
     if len(of) > len(table):
         notes.append(f"the first {len(table)} of {len(of)} tensors; --rows 0 prints all")
     if unknown:

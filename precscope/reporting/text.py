@@ -60,16 +60,21 @@ def ask_table(table: pd.DataFrame, *, total: int | None = None, width: int | Non
     if not len(table):
         return "no recorded tensor matches"
     priced = bool(table.loss_noise.notna().any())
-    head = ["tensor", "amax", "overflow", "flushed", "subnorm", "SQNR", *(["noise"] if priced else [])]
-    body = []
-    for row in table.itertuples(index=False):
-        cells = [
+    small = priced and line_width(width) < 72  # no room for all columns
+    head = ["tensor", "amax", "overflow", "flushed", "subnorm", "SQNR", "noise"]
+    body = [
+        [
             _site(row), number(row.amax), interval(row.overflow_lo, row.overflow_hi), percent(row.flushed),
-            percent(row.subnormal), fixed(row.sqnr_db),
-        ]  # fmt: skip
-        body.append([*cells, *([number(row.loss_noise)] if priced else [])])
-    lines = columns(head, body, width=width)
-    lines.append("overflow, flushed, subnorm: % of all values; SQNR in dB")
+            percent(row.subnormal), fixed(row.sqnr_db), number(row.loss_noise),
+        ]
+        for row in table.itertuples(index=False)
+    ]  # fmt: skip
+    left_out = {name for name, gone in (("subnorm", small), ("noise", not priced)) if gone}
+    shown = [i for i, name in enumerate(head) if name not in left_out]
+    lines = columns([head[i] for i in shown], [[row[i] for i in shown] for row in body], width=width)
+    lines.append(f"overflow, flushed{'' if small else ', subnorm'}: % of all values; SQNR in dB")
+    if priced:
+        lines += _wrapped(["noise: standard deviation of one step's loss if this tensor alone were rounded"], width)
     if (total or 0) > len(table):
         lines.append(f"the first {len(table)} of {total} tensors; --rows 0 prints all")
     broken = int((table.nonfinite > 0).sum())

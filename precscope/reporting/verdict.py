@@ -205,15 +205,20 @@ def _noise(material: Material) -> Statement | None:
     text += f"; from batch to batch it differs by {number(spread)}" if known(spread) else ""
     largest = list((noise.get("largest") or {}).items())[:3]
     spent = [f"{name or '(root)'} ({number(std)})" for name, std in largest if std > 0]
-    text += f". Most of it is made by {listed(spent)}" if spent and plan > 0 else ""
+    text += f"; the largest parts are those of {listed(spent)}" if spent and plan > 0 else ""
     return Statement("good" if within else "care", text + ".")
 
 
 def _optimizer(material: Material) -> Statement | None:
-    warnings = material.plan.optimizer.get("warnings") if material.plan is not None else None
+    """What the optimizer's settings do in low precision; what is a module's reason already is told there."""
+    plan = material.plan
+    if plan is None or not plan.optimizer.get("warnings"):
+        return None
+    told = {f"{name or '(root)'}: {reason}" for name, layer in plan.modules.items() for reason in layer.reasons}
+    warnings = [str(w) for w in plan.optimizer["warnings"] if str(w) not in told]
     if not warnings:
         return None
-    items = tuple(map(str, warnings[:_LISTED])) + _more(len(warnings), "warning")
+    items = tuple(warnings[:_LISTED]) + _more(len(warnings), "warning")
     return Statement("care", "The optimizer needs care where parameters or its state are in low precision:", items)
 
 

@@ -41,7 +41,9 @@ class Op:
 
 @functools.cache
 def op_of(func: Any) -> Op:
-    """The Op of an overload."""
+    """The Op of an overload, or of a higher-order operator (flex_attention), which is looked at as a whole."""
+    if not isinstance(func, torch._ops.OpOverload):
+        return Op(str(func), str(func), passed_over=False, repairs=False, written=())
     name = func.overloadpacket.__name__
     written = tuple(
         argument.name if argument.kwarg_only else place

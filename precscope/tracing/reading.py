@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..formats import get_format
-from ..recording.tensors import dense
+from ..recording.tensors import dense, modes_off
 from .finding import TensorRange
 
 NAN, POS_INF, NEG_INF = 1, 2, 4
@@ -34,7 +33,7 @@ def format_of(x: torch.Tensor) -> str:
 
 def values(x: torch.Tensor) -> torch.Tensor | None:
     """The floating values of x to look at (fp8 as fp32), None where there are none."""
-    if x.is_complex():
+    if x.is_complex() and x.layout is torch.strided:
         x = torch.view_as_real(x.detach().resolve_conj())
     found = dense(x)
     if found is None or found.numel() == 0:
@@ -45,12 +44,8 @@ def values(x: torch.Tensor) -> torch.Tensor | None:
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """Without the dispatch modes below ours, so that what we compute is not rounded, counted or recorded by them."""
-    with torch.no_grad():
-        if torch._C._len_torch_dispatch_stack() == 0:
-            yield
-            return
-        with _disable_current_modes():
-            yield
+    with torch.no_grad(), modes_off():
+        yield
 
 
 def nonfinite(x: torch.Tensor) -> int:
@@ -101,8 +96,9 @@ def widened(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[to
     None where it cannot be run again: random ops, very large ones, kernels of one dtype alone.
     """
     tensors = [*tensors_in(list(args)), *tensors_in(list(kwargs.values()))]
+    plain = isinstance(func, torch._ops.OpOverload) and func.namespace == "aten"
     random = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
-    if random or func.namespace != "aten" or sum(x.numel() for x in tensors) > _MOST:
+    if not plain or random or sum(x.numel() for x in tensors) > _MOST:
         return None
     narrow = any(x.is_floating_point() and x.element_size() < 4 for x in tensors) or any(
         _is_narrow(v) for v in (*args, *kwargs.values())

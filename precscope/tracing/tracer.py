@@ -2,8 +2,9 @@
 
 *Producer, not propagator*: an op counts whose inputs are finite and whose outputs are not, or that makes NaN out of
 inf. -inf written on purpose (masked_fill, full, where with a scalar) is how masks are made: it counts only where it
-becomes NaN or +inf. What the next op on it replaces (0/0, then masked_fill) does not count either. Memory that nothing
-was written to (empty, empty_like) is not looked at, views are passed over.
+becomes NaN or +inf. What the next op on it replaces (0/0, then masked_fill) does not count either, nor does a -inf that
+ends in an integer or is replaced further on (T5's log of distance 0, then a cast to bucket numbers, then where). Memory
+that nothing was written to (empty, empty_like) is not looked at, views are passed over.
 
 The tracer only reads: outputs and gradients are equal bit for bit with and without it. It reads every output as soon as
 it is there, one reduction each, so the host waits for the device at every op: a debugging tool, not for whole runs.
@@ -20,9 +21,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..attribution import Attribution, Where
+from ..errors import UsageError
 from .causes import Flush, Incident, explain
 from .finding import Finding, TensorRange
 from .ops import Call, call_of, float_format, is_float, is_mask, op_of
@@ -68,6 +71,7 @@ class Tracer:
         self._flushed: deque[tuple[str, Flush]] = deque(maxlen=64)  # module, what became 0 in it
         self._made: dict[int, tuple[weakref.ref[torch.Tensor], Finding]] = {}  # tensors that are in events
         self._makers: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
+        self._known: dict[int, StorageWeakRef] = {}  # memory that was seen to become non-finite: not held beforehand
 
     @property
     def first_nonfinite(self) -> Finding | None:
@@ -81,6 +85,8 @@ class Tracer:
         return None if self._who.latest is None else self._who.latest.module
 
     def __enter__(self) -> Tracer:
+        if self._mode is not None:
+            raise UsageError("this tracer is entered already: call ps.trace(model) again for another one")
         self._reset()
         self._look_at_model()
         self._who.__enter__()
@@ -92,9 +98,11 @@ class Tracer:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._mode is not None
+        mode, self._mode = self._mode, None
         try:
-            self._mode.__exit__(kind, value, trace)
+            mode.__exit__(kind, value, trace)
         finally:
+            self._known.clear()
             self._who.__exit__(kind, value, trace)
             self._makers.clear()
             self._made.clear()
@@ -106,7 +114,7 @@ class Tracer:
         self.ops += 1
         where = self._who.where()
         op = op_of(func)
-        if op.passed_over or (self._stop and self.events and not op.repairs):
+        if op.passed_over or (self._stop and self.events and not op.repairs and not self._made_among(args)):
             out = func(*args, **kwargs)
             if op.name == "lift_fresh" and out.numel() == 1 and is_float(out) and nonfinite(out) & POS_INF:
                 self._wrote_inf = True  # torch.tensor(float("inf"))
@@ -119,15 +127,18 @@ class Tracer:
             raise
         with alone():
             written = [args[n] for n in op.written if isinstance(n, int)] if out is None else out
-            self._look(call, [x for x in tensors_in(written) if is_float(x)])
+            results = tensors_in(written)
+            self._look(call, [x for x in results if is_float(x)])
+            if results and op.name == "_to_copy" and not is_float(results[0]):
+                self._drop(call, lambda x: nonfinite(x) == NEG_INF)
         return out
 
     def _look(self, call: Call, outputs: list[torch.Tensor]) -> None:
         """Judge the first output that is not finite, if any."""
         if not outputs:
             return
-        if call.op.repairs and self._made:
-            self._drop_repaired(call, outputs[0])
+        if call.op.repairs and self._made and not nonfinite(outputs[0]):
+            self._drop(call, lambda x: True)
         self._remember(call, outputs[0])
         self._note_flushed(call, outputs[0])
         for index, output in enumerate(outputs):
@@ -145,25 +156,53 @@ class Tracer:
     def _judge(self, call: Call, output: torch.Tensor, index: int, found: int) -> None:
         """Whether the op made its output so, or passed on what came in."""
         came = 0
+        bad = []
         for x in call.inputs:
-            came |= nonfinite(x)
+            flags = nonfinite(x)
+            came |= flags
+            if flags:
+                bad.append(x)
+        known = any(self._is_known(x) for x in bad)
+        self._know(output)
         if is_mask(call, output, found, came):
             self._wrote_inf |= bool(found & POS_INF)
         elif came == 0 or (found & NAN and not came & NAN) or (came == NEG_INF and found & POS_INF):
             finding = self._add(self._finding, call, output, index)
             if finding is not None:
                 self._made[id(output)] = (weakref.ref(output), finding)
-        elif came & (NAN | POS_INF) and not self.events and not self._wrote_inf:
+        elif came & (NAN | POS_INF) and not self.events and not self._wrote_inf and not known:
             self._add(self._held, call, output)
+        elif found == NEG_INF:  # passed on: it may still end in an integer, or be replaced
+            for _, finding in self._made_of(bad):
+                self._made[id(output)] = (weakref.ref(output), finding)
 
-    def _drop_repaired(self, call: Call, output: torch.Tensor) -> None:
-        """Forget the findings on what this op takes, where all that it leaves is finite."""
-        taken = [*call.inputs, *([call.target] if call.target is not None else [])]
-        made = [(id(x), self._made[id(x)]) for x in taken if id(x) in self._made and self._made[id(x)][0]() is x]
-        if made and not nonfinite(output):
-            for key, (_, finding) in made:
-                self._made.pop(key, None)
-                self.events = [event for event in self.events if event is not finding]
+    def _drop(self, call: Call, ended: Callable[[torch.Tensor], bool]) -> None:
+        """Forget the findings on those of the tensors that this op takes for which `ended` says so."""
+        for x in [*call.inputs, *([call.target] if call.target is not None else [])]:
+            for key, finding in self._made_of([x]):
+                if ended(x):
+                    self._made.pop(key, None)
+                    self.events = [event for event in self.events if event is not finding]
+
+    def _made_of(self, tensors: list[torch.Tensor]) -> list[tuple[int, Finding]]:
+        """(key, finding) of those of the tensors that are in `events`."""
+        found = [(id(x), x, self._made.get(id(x))) for x in tensors]
+        return [(key, made[1]) for key, x, made in found if made is not None and made[0]() is x]
+
+    def _made_among(self, args: tuple[Any, ...]) -> bool:
+        return bool(self._made) and any(id(x) in self._made for x in tensors_in(list(args)))
+
+    def _know(self, x: torch.Tensor) -> None:
+        if len(self._known) > 4096:
+            self._known.clear()
+        if x.layout is torch.strided and type(x) in (torch.Tensor, nn.Parameter):
+            storage = x.untyped_storage()
+            self._known[storage._cdata] = StorageWeakRef(storage)  # keeps the address from being used again
+
+    def _is_known(self, x: torch.Tensor) -> bool:
+        if not self._known or x.layout is not torch.strided or type(x) not in (torch.Tensor, nn.Parameter):
+            return False
+        return x.untyped_storage()._cdata in self._known
 
     # what is found
 
@@ -271,8 +310,11 @@ class Tracer:
 
 
 class _Mode(TorchDispatchMode):
+    inside_emulation = True  # to be entered there: see Emulation
+
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
+        self.supports_higher_order_operators = True  # flex_attention: one op
         self._tracer = tracer
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

@@ -234,7 +234,7 @@ class Planned(_Scaled):
     word = "plan"
 
     def __init__(self, device: torch.device, plan: PrecisionPlan, model: nn.Module) -> None:
-        from ..recording.recorder import unwrap
+        from ..attribution import unwrap
 
         self.plan = plan
         layers = plan.resolve(name for name, _ in unwrap(model).named_modules())
