@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import precscope as ps
-from precscope.advice.evidence import Evidence
+from precscope.advice.evidence import Evidence, _ahead
 from precscope.advice.storage import optimizer_advice, storage_reasons, stored_modules
 from precscope.formats import get_format
 from precscope.histogram import swallowed_share
@@ -392,3 +393,11 @@ def test_watching_the_whole_step_changes_no_number(tmp_path):
 
     plain, watched = run(None), run(tmp_path / "run")
     assert all(torch.equal(plain[k], watched[k]) for k in plain)
+
+
+def test_what_levels_off_after_a_late_beginning_is_not_carried_on():
+    steps = np.arange(60.0)
+    late = np.where(steps < 33, 0.0, 2.3 * (1 - 0.7 ** (steps - 32)))
+    assert _ahead(steps, late, 1000) == 0.0
+    growing = np.where(steps < 33, 0.0, 0.1 * (steps - 32))
+    assert _ahead(steps, growing, 1000) == pytest.approx(2.7 + 100.0, rel=0.05)

@@ -181,7 +181,10 @@ def flushed_energy(counts: np.ndarray, sumsq: float, fmt: FloatFormat) -> float:
 
 
 def _ahead(steps: np.ndarray, mean: np.ndarray, ahead: int) -> float:
-    """`mean` carried on for `ahead` steps, where its second half grew at least half as fast as its first; else 0."""
+    """`mean` carried on for `ahead` steps, where from its beginning on its second half grew at least half as fast as
+    its first; else 0."""
+    begin = max(int(np.argmax(mean > 0)) - 1, 0)
+    steps, mean = steps[begin:], mean[begin:]
     if len(steps) < 3:
         return 0.0
     middle = len(steps) // 2

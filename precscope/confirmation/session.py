@@ -333,6 +333,8 @@ class Session:
             return False
 
         def harm(unit: str) -> float:
+            if get_format(low[unit]).bits <= 8:
+                return math.inf  # not tried alone, and the coarsest of what is low
             found = [
                 f.alone[unit].score for (fmt, _), f in self.findings.items() if fmt == low[unit] and unit in f.alone
             ]

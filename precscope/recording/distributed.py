@@ -43,11 +43,11 @@ def gradients_apart(model: nn.Module, ddp: DistributedDataParallel | None) -> It
 
     A wrapper that was not told of exchanges gradients inside, and may do so in the memory of those that are there.
     """
-    gradients = {p: p.grad for p in model.parameters()}
+    gradients: dict[Tensor, Tensor | None] = {p: p.grad for p in model.parameters()}
     if ddp is not None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         yield gradients
         return
-    copies = {p: g.clone() for p, g in gradients.items() if type(g) is Tensor}
+    copies: dict[Tensor, Tensor] = {p: g.clone() for p, g in gradients.items() if type(g) is Tensor}
     try:
         yield {**gradients, **copies}
     finally:
