@@ -1,6 +1,6 @@
 """Real models on real data that benchmarks share: each function makes a new `ps.Task`, or says what is missing.
 
-    from realmodels import TASKS; task = TASKS["resnet"]()
+from realmodels import TASKS; task = TASKS["resnet"]()
 """
 
 from __future__ import annotations

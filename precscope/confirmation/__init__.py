@@ -1,8 +1,8 @@
 """Advice that was tried on the model itself.
 
 substitution.py runs chosen modules low and the rest fp32; probe.py makes one pass and takes loss, gradients and output;
-judgement.py compares with fp32; search.py finds what must stay high; trial.py trains a few steps; states.py moves
-between the model as it stands and as it will be after them; recommending.py puts them together as `ps.recommend`.
+judgement.py compares with fp32; search.py finds what must stay high; explanation.py says which op; trial.py trains a
+few steps; states.py and ground.py hold what is tried and where; session.py and recommending.py put them together.
 """
 
 from .recommending import recommend

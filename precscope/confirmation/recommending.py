@@ -42,12 +42,12 @@ def recommend(
 
     task: a Task, or what `make_task` takes. Its model is run in the candidate formats and compared with fp32: loss,
     parameter gradients, order of the outputs, on batches that were not recorded, as the model stands and after
-    `trial_steps` steps of fp32 training; modules that do harm are found (at most 2n + 20 forward passes for n modules)
-    and kept out of the format; the whole plan is then tried, and trained for `trial_steps` steps beside fp32. It is
-    tightened until it passes and says "confirmed"; without a task it says "predicted". Model, optimizer, buffers and
-    generators are left as they were. tolerance: what a plan may change. batches: how many batches each confirmation
-    takes. loss_scaling: whether fp16 gradients get a loss scale; None: with policy "autocast". note: called with a line
-    of text when a part begins.
+    `trial_steps` steps of fp32 training; modules that do harm are found (at most 2n + 20 forward passes for n modules
+    and each format; the steps of trials and further rounds of tightening come on top) and kept out of the format; the
+    whole plan is then tried, and trained for `trial_steps` steps beside fp32. It is tightened until it passes and says
+    "confirmed"; without a task it says "predicted". Model, optimizer, buffers and generators are left as they were.
+    tolerance: what a plan may change. batches: how many batches each confirmation takes. loss_scaling: whether fp16
+    gradients get a loss scale; None: with policy "autocast". note: called with a line of text when a part begins.
 
     The plan minimises predicted time per step: measured per module and format where the run has cost.parquet, else a
     FLOP and byte model, plus casts where neighbours differ. Raises UsageError where no assignment is allowed,

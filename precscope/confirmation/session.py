@@ -11,20 +11,15 @@ import numpy as np
 
 from ..advice import Measured
 from ..advice import recommend as predict
-from ..advice.units import ModelGraph
-from ..attribution import unwrap
-from ..errors import TaskError, nearest
 from ..formats import get_format
 from ..plans import LayerPrecision, PrecisionPlan, Reason
 from ..profiles import Profile
-from ..sites import Role
 from ..tasks import Task
 from .explanation import Explanation, explain
-from .judgement import Judgement, Yardstick
-from .probe import Outcome, Prober
+from .ground import Ground
+from .judgement import Judgement
+from .probe import Prober
 from .search import Finding, find_high
-from .states import States
-from .substitution import Memory
 from .tolerance import Tolerance
 from .trial import Trial, run_trial, state_kept
 
@@ -53,15 +48,11 @@ class Session:
         self.trial_steps = 0 if self.inference else trial_steps
         self.loss_scaling = loss_scaling
         self._note = note or (lambda text: None)
-        self.graph = ModelGraph.of(profile)
-        _check_model(task, self.graph)
+        self.ground = Ground(task, profile, tolerance=tolerance, batches=batches, trial_steps=self.trial_steps)
+        self.graph, self.states, self.yardstick = self.ground.graph, self.ground.states, self.ground.yardstick
+        self.batches, self.confirming = self.ground.batches, self.ground.confirming
         self.measured = Measured()
-        self.yardstick = Yardstick(tolerance, _loss_span(profile), _usual_gradients(profile))
         self.findings: dict[tuple[str, str], Finding] = {}
-        self.states = States(unwrap(task.model))
-        self.batches = self._fresh_batches(batches)
-        self._references: dict[tuple[str, int], Outcome] = {}
-        self._memories: dict[tuple[str, str], Memory] = {}
         self.trials: dict[str, Trial] = {}
         self._passes_before: dict[str, int] = {}
         self._keeps_up: dict[str, bool] = {}
@@ -79,67 +70,23 @@ class Session:
                     self._measure(fmt)
             return self._confirm()
 
-    # states and batches
-
-    def _fresh_batches(self, count: int) -> list[Any]:
-        """Batches after the recorded ones, enough for confirming and for the trial."""
-        steps = self.profile.steps
-        first = (steps[-1] + 1 if steps else 0) * int(self.profile.run.get("accumulate", 1) or 1)
-        found: list[Any] = []
-        for index in range(max(count, self.trial_steps)):
-            try:
-                found.append(self.task.batch(first + index))
-            except Exception:  # a generator that is used up, a function of steps that go no further
-                break
-        self.confirming = found[:count] or [self.task.batch(0)]
-        return found
-
     def _prepare(self) -> None:
         """The states to try: as the model stands, and after the trial in fp32."""
         predicted = self._predict(hopeful=False)
         scale = predicted.loss_scale.get("initial", 2.0**16)
         exponent = int(np.clip(np.floor(np.log2(scale)), -14, 24)) if self.loss_scaling else None
         self.prober = Prober(self.task, policy=self.policy, inference=self.inference, scale_exponent=exponent)
-        self._begin_states()
+        self.ground.prober = self.prober
+        self.ground.begin()
         if self.trial_steps and len(self.batches) > 1:
             self._note(f"training {len(self.batches)} steps in fp32")
-            self.states.go(self.base)
+            self.states.go(self.ground.base)
             self.trials["fp32"] = run_trial(self.task, self.batches)
             if self.trials["fp32"].finite and "trained" not in self.states:
                 self.states.keep("trained")
-            self.states.go(self.base)
+            self.states.go(self.ground.base)
         for state in self.states:
-            self._reference(state, 0)
-
-    def _begin_states(self) -> None:
-        """Where `ps.profile` trained this very model, it left what the model was before: then both are tried, unless
-        that training has broken the model. base: the state that trials start from."""
-        self.base = "start"
-        started = self.task.start_state
-        if started is None:
-            self.states.keep("start")
-            return
-        self.states.keep("trained")
-        self.states.adopt("start", started)
-        outcome = self.prober.reference(self.confirming[0])
-        if outcome.error or not outcome.finite:
-            self.states.drop("trained")
-            return
-        self._references["trained", 0] = outcome
-        self.base = "trained"
-
-    def _reference(self, state: str, index: int) -> Outcome:
-        """fp32 on a batch. Raises TaskError where that does not run."""
-        key = state, index
-        if key not in self._references:
-            self.states.go(state)
-            outcome = self.prober.reference(self.confirming[index])
-            if outcome.error:
-                raise TaskError(f"the task does not run in fp32: {outcome.error}")
-            if not outcome.finite:
-                raise TaskError("the task's loss, output or gradients are not finite in fp32: mend that first")
-            self._references[key] = outcome
-        return self._references[key]
+            self.ground.reference(state, 0)
 
     # measuring
 
@@ -187,18 +134,19 @@ class Session:
         return [u for u, layer in found.modules.items() if fmt in layer.evidence.get("forbidden", ())]
 
     def _find(self, fmt: str, state: str, start: frozenset[str]) -> Finding:
-        batch, reference = self.confirming[0], self._reference(state, 0)
+        batch, reference = self.confirming[0], self.ground.reference(state, 0)
 
         def holds(high: frozenset[str]) -> Judgement:
             self.states.go(state)
-            judgement = self._judge(reference, self.prober.planned(batch, self._plan_of(fmt, high)), state)
+            judgement = self.ground.judge(reference, self.prober.planned(batch, self._plan_of(fmt, high)), state)
             if high == start and not judgement.passed and self._acquitted(fmt, start, judgement):
                 return dataclasses.replace(judgement, score=judgement.visible)
             return judgement
 
         def alone(units: Collection[str]) -> Judgement:
+            memory = self.ground.memory(fmt, state)
             self.states.go(state)
-            return self._judge(reference, self.prober.alone(batch, fmt, units, self._memory(fmt, state)), state)
+            return self.ground.judge(reference, self.prober.alone(batch, fmt, units, memory), state)
 
         names = [u.name for u in self.graph.units]
         budget = max(self._passes_left(fmt) - 2, 4)  # the last judgement may take three
@@ -212,7 +160,7 @@ class Session:
             return False
         if fmt not in self._keeps_up:
             self._note(f"training {len(self.batches)} steps in {fmt}")
-            self.states.go(self.base)
+            self.states.go(self.ground.base)
             got = run_trial(self.task, self.batches, plan=self._plan_of(fmt, high), scaling=self.loss_scaling)
             progress = exact.losses[0] - exact.last
             moved = progress > _PROGRESS * max(map(abs, exact.losses))
@@ -223,16 +171,6 @@ class Session:
         """Of 2n + 20 for this format, less what two rounds of confirming take."""
         allowed = 2 * len(self.graph.units) + 20 - 2 * len(self.confirming) * len(list(self.states))
         return allowed - (self.prober.passes - self._passes_before[fmt])
-
-    def _memory(self, fmt: str, state: str) -> Memory:
-        key = fmt, state
-        if key not in self._memories:
-            _, self._memories[key] = self.prober.all_low(self.confirming[0], fmt)
-        return self._memories[key]
-
-    def _judge(self, reference: Outcome, outcome: Outcome, state: str) -> Judgement:
-        """A model that is yet to be trained may give nearly the same for everything: its outputs need no order."""
-        return self.yardstick.judge(reference, outcome, order=state != "start" or "trained" not in self.states)
 
     def _plan_of(self, fmt: str, high: frozenset[str]) -> PrecisionPlan:
         def layer(unit: str) -> LayerPrecision:
@@ -247,7 +185,7 @@ class Session:
         units = sorted(units)[: max(0, (self._passes_left(fmt) - 1) // each)]
         if not units:
             return {}
-        batch, memory = self.confirming[0], self._memory(fmt, state)
+        batch, memory = self.confirming[0], self.ground.memory(fmt, state)
         self.states.go(state)
         with self.prober.logged(units) as log:
             self.prober.reference(batch)
@@ -296,9 +234,9 @@ class Session:
             return worst, where  # nothing but fp32 and tf32
         for state in self.states:
             for index, batch in enumerate(self.confirming):
-                reference = self._reference(state, index)
+                reference = self.ground.reference(state, index)
                 self.states.go(state)
-                judgement = self._judge(reference, self.prober.planned(batch, plan), state)
+                judgement = self.ground.judge(reference, self.prober.planned(batch, plan), state)
                 if any(self._keeps_up.get(fmt) for fmt in _low_formats(plan)):
                     judgement = dataclasses.replace(judgement, score=judgement.visible)
                 if judgement.score >= worst.score:
@@ -313,9 +251,9 @@ class Session:
         if exact is None or not exact.finite or not _low_formats(plan):
             return None
         self._note(f"training {len(self.batches)} steps with the plan")
-        self.states.go(self.base)
+        self.states.go(self.ground.base)
         got = run_trial(self.task, self.batches, plan=plan, scaling=self.loss_scaling)
-        self.states.go(self.base)
+        self.states.go(self.ground.base)
         tolerance = self.yardstick.tolerance
         span = max(self.yardstick.loss_span, max(map(abs, exact.losses)))
         allowed = 2 * tolerance.loss * abs(exact.last) + 2 * tolerance.span * span
@@ -366,17 +304,6 @@ class Session:
         }
 
 
-def _check_model(task: Task, graph: ModelGraph) -> None:
-    names = {name for name, _ in unwrap(task.model).named_modules(remove_duplicate=False)}
-    missing = [u.name for u in graph.units if u.name not in names]
-    if missing:
-        hint = nearest(missing[0], names)
-        raise TaskError(
-            f"the task's model has no module {missing[0]!r}{f' (did you mean {hint}?)' if hint else ''}, which ran in "
-            "the recorded run: give the task that was profiled, or profile this one"
-        )
-
-
 def trial_text(trial: dict[str, Any]) -> str:
     """A trial that did not pass, in words."""
     if trial["error"]:
@@ -390,22 +317,3 @@ def trial_text(trial: dict[str, Any]) -> str:
 def _low_formats(plan: PrecisionPlan) -> frozenset[str]:
     used = {layer.compute for layer in plan.modules.values()} | {plan.default.compute}
     return frozenset(f for f in used if f not in ("fp32", "tf32"))
-
-
-def _loss_span(profile: Profile) -> float:
-    train = profile.train
-    losses = np.abs(np.asarray(train.loss, float)) if train is not None and "loss" in train else np.zeros(0)
-    losses = losses[np.isfinite(losses)]
-    return float(losses.max()) if len(losses) else 0.0
-
-
-def _usual_gradients(profile: Profile) -> dict[str, float]:
-    """Parameter -> root mean square over the recorded steps of the norm of its gradient."""
-    history = profile.history()
-    rows = history[history.role == Role.GRAD_WEIGHT.value]
-    if not len(rows):
-        return {}
-    modules, tensors = rows.module.astype(str), rows.tensor.astype(str)
-    names = (modules + "." + tensors).str.lstrip(".")
-    per_step = rows.sumsq.groupby([names, rows.step]).sum()
-    return {str(k): float(v) ** 0.5 for k, v in per_step.groupby(level=0).mean().items()}
