@@ -160,7 +160,8 @@ def answer(
         signal[alone] = in_range * amax[alone] ** 2
         noise[alone] = in_range * squared
         if weights is not None:
-            variance[alone] = np.where(in_range > 0, weights[alone].sum(axis=1) * squared, 0.0)
+            with np.errstate(invalid="ignore"):  # inf weights
+                variance[alone] = np.where(in_range > 0, weights[alone].sum(axis=1) * squared, 0.0)
 
     with np.errstate(divide="ignore", invalid="ignore"):
         sqnr = 10 * np.log10(signal / noise)

@@ -167,7 +167,7 @@ def _infer_recorded(
         with torch.no_grad(), mode.forward_context():
             forward(model, to_device(batch, mode.device))
 
-    info = {"task": task.name, "precision": precision, "seed": seed, "mode": "inference"}
+    info = {"task": task.name, "task_ref": task.reference, "precision": precision, "seed": seed, "mode": "inference"}
     with preserved(model), _FirstBatch(task) as first:
         model.eval()
         seed_everything(seed)

@@ -7,9 +7,11 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import precscope as ps
 from precscope.advice.forecast import extrapolate, forecast, required_headroom
 from precscope.advice.headroom import headroom
 from precscope.errors import UsageError
@@ -155,3 +157,12 @@ def test_headroom_names_the_nearest_sites_once(tmp_path):
     assert found[1].binades == pytest.approx(1.33, abs=0.01)
     assert str(found[1]) == "block.down output reaches 2.6e+04, 1.3 binades below the end of fp16 (65504)"
     assert "0.6 binades beyond the end of fp16" in str(found[0])
+
+
+def test_an_unknown_role_is_refused(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    with ps.record(model, tmp_path / "run") as rec:
+        model(torch.ones(1, 2))
+        rec.step()
+    with pytest.raises(UsageError, match="unknown role 'outputs'; roles are input, output"):
+        forecast(Profile.load(tmp_path / "run"), "fp16", roles=["outputs"])

@@ -336,3 +336,13 @@ def test_reading_statistics_needs_no_torch():
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert EXP_HI - EXP_LO + 1 == BINS
+
+
+def test_a_constant_tensor_with_an_infinite_gradient_is_not_priced():
+    stats = TensorStats.empty()
+    stats = dataclasses.replace(stats, counts=np.eye(1, BINS, -EXP_LO, dtype=np.int64)[0] * 4, amax=1.0,
+                                amin_nonzero=1.0, sum=4.0, sumsq=4.0, source="fp32")  # fmt: skip
+    weights = np.zeros(BINS)
+    weights[-EXP_LO] = np.inf
+    answer = dataclasses.replace(stats, weights=weights).ask("bf16")
+    assert np.isnan(answer.loss_noise)

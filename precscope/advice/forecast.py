@@ -153,7 +153,11 @@ def _histories(
     profile: Profile, roles: Iterable[str], among: Collection[Site] | None = None
 ) -> Iterable[tuple[Site, NDArray[np.float64], NDArray[np.float64], bool]]:
     """(site, steps, amax, whether all values were finite) of each (module, role, call), in the order of recording."""
-    wanted = [Role(r).value for r in roles]
+    known = [r.value for r in Role]
+    wanted = [str(r) for r in roles]
+    for role in wanted:
+        if role not in known:
+            raise UsageError(f"unknown role {role!r}; roles are {', '.join(known)}")
     history = profile.history()
     rows = history[history.role.isin(wanted)]
     if among is not None:
