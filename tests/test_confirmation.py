@@ -362,6 +362,27 @@ def test_the_task_that_was_profiled_is_tried_as_it_was_and_as_it_is(tmp_path):
     assert "fp32" in {fresh["unit"].compute, fresh["fc"].compute}
 
 
+def test_a_run_that_went_nan_in_fp16_names_its_one_culprit(tmp_path):
+    """NaN went through everything behind it; shadow steps and the trial on the model clear the others."""
+
+    def make():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Linear(16, 32), nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)
+        )
+        with torch.no_grad():
+            model[1].weight.mul_(3e6)
+        return make_task(model)
+
+    with pytest.raises(ps.PrecscopeError, match="not finite at 3 consecutive steps"):
+        profiled(make(), tmp_path / "run", precision="fp16")
+    profile = ps.Profile.load(tmp_path / "run")
+    assert profile.table.nan.sum() > 0
+    plan = ps.recommend(profile, formats=("fp16", "fp32"), task=make(), costs="model")
+    assert plan.status == "confirmed"
+    assert [str(i) for i in range(6) if plan[str(i)].compute == "fp32"] == ["1"]
+
+
 def test_a_model_that_training_broke_is_tried_as_it_was(tmp_path):
     task = make_task()
     profile = profiled(task, tmp_path / "run")

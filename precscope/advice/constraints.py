@@ -7,6 +7,7 @@ module hides between its input and its output: a plan made from them alone says 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -78,6 +79,8 @@ def judge(
     measured = measured or Measured()
     verdicts = Verdicts({key: list(reasons) for key, reasons in measured.forbidden.items()})
     sites, table = _judged(profile, graph, policy)
+    # What a low run made NaN may have come from elsewhere: where the format was tried on the model, that decides.
+    inherited_nan, tried = profile.run.get("precision") not in ("fp32", "tf32", None), measured.formats
     fed = {s.module for s in profile.sites if s.role is Role.INPUT}  # a look-up takes integers: no input is recorded
     for name in formats:
         fmt = get_format(name)
@@ -85,7 +88,7 @@ def judge(
             continue
         needed = _forecast(profile, sites, table, fmt, limits)
         for unit, reason in _range_reasons(sites, table, fmt, limits, needed):
-            if not measured.keeps(reason, name):
+            if not measured.keeps(reason, name) or (inherited_nan and reason.code == "nonfinite" and name in tried):
                 continue
             where = verdicts.doubts if reason.code == "censored" else verdicts.forbidden
             where.setdefault((unit, name), []).append(reason)
@@ -113,7 +116,7 @@ def _judged(profile: Profile, graph: ModelGraph, policy: str) -> tuple[list[Site
     """The tensors that a unit's format concerns, masks left out: inputs and outputs one by one, the parameters of a
     module together, since a small bias is added to what a large weight made."""
     units = {u.name: u for u in graph.units}
-    sites, table = profile.merged(by="tensor")
+    sites, table = _uncensored(profile)
     masks = _masks(sites, table)
     rows, keys = [], {}
     for i, s in enumerate(sites):
@@ -136,6 +139,21 @@ def _judged(profile: Profile, graph: ModelGraph, policy: str) -> tuple[list[Site
     )
     table.neg_inf[passes] = 0
     return list(keys), table.group(key, len(keys))
+
+
+def _uncensored(profile: Profile) -> tuple[list[Site], StatsTable]:
+    """The recorded tensors; where the run's own precision made inf or NaN of an activation, what the shadow steps saw
+    of it in fp32."""
+    sites, table = profile.merged(by="tensor")
+    shadow = profile.shadow
+    if shadow is None:
+        return sites, table
+    seen = {s: i for i, s in enumerate(shadow.sites) if s.role in (Role.INPUT, Role.OUTPUT)}
+    rows = np.arange(len(sites))
+    for i in np.flatnonzero(table.nonfinite):
+        rows[i] = seen.get(sites[i], i - len(sites)) + len(sites)
+    plain = (dataclasses.replace(t, weights=None) for t in (table, shadow.table))
+    return sites, StatsTable.concat(plain).take(rows)
 
 
 def _concerns(unit: Unit, role: Role, policy: str) -> bool:
