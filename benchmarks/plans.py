@@ -1,10 +1,11 @@
 """Is a recommended plan ever worse than plain autocast? Time per step, held-out loss and skipped steps, in one run.
 
-    python benchmarks/plans.py [gpt resnet minilm] [--steps 60] [--json OUT]
+    python benchmarks/plans.py [gpt resnet minilm] [--steps 40] [--timed 40] [--json OUT]
 
-For each model: a recorded run with measured costs, a plan confirmed on the model, then training from the same start in
-fp32, under plain autocast of the plan's main format, and with the plan. The order of the last two alternates over
-`--rounds` rounds and the median step time of each is compared, since machines drift.
+For each model: a recorded run with measured costs, a plan confirmed on the model, then training from the same start
+in fp32, under plain autocast of the plan's main format, and with the plan: losses and skipped steps. Times are taken
+apart: three models of equal start, fp32, plain autocast and planned, take single training steps in turn, and the median
+step of each is compared, since machines drift.
 """
 
 from __future__ import annotations
@@ -13,15 +14,19 @@ import argparse
 import json
 import statistics
 import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from realmodels import TASKS, Missing
 
 import precscope as ps
 
 
-def measure(name: str, steps: int, rounds: int) -> dict[str, Any]:
+def measure(name: str, steps: int, timed: int) -> dict[str, Any]:
     """One model. Raises Missing where a package is not installed."""
     make = TASKS[name]
     with tempfile.TemporaryDirectory() as folder:
@@ -30,40 +35,59 @@ def measure(name: str, steps: int, rounds: int) -> dict[str, Any]:
         )
         plan = ps.recommend(profile, formats=("fp16", "bf16", "fp32"), task=make())
     used = {layer.compute for layer in plan.modules.values()}
-    main = "fp16" if "fp16" in used else "bf16"
-    runs: dict[str, list[Any]] = {"fp32": [ps.train(make(), steps=steps, precision="fp32")], main: [], "plan": []}
-    for index in range(rounds):
-        for word in (main, "plan") if index % 2 == 0 else ("plan", main):
-            asked = {"plan": plan} if word == "plan" else {"precision": word}
-            runs[word].append(ps.train(make(), steps=steps, **asked))
-    times = {word: statistics.median(r.step_time_ms for r in found) for word, found in runs.items()}
+    low = "fp16" if "fp16" in used else "bf16"
+    asked: dict[str, dict[str, Any]] = {"fp32": {"precision": "fp32"}, low: {"precision": low}, "plan": {"plan": plan}}
+    runs = {word: ps.train(make(), steps=steps, **how) for word, how in asked.items()}
+    times = step_times(make, plan, low, timed)
     return {
         "model": name,
         "status": plan.status,
         "says": plan.made_from["says"],
         "counts": dict(plan.counts()),
-        "autocast": main,
+        "autocast": low,
         "step_ms": times,
-        "plan_over_autocast": times["plan"] / times[main],
-        "eval_loss": {word: found[0].eval_loss for word, found in runs.items()},
-        "skipped": {word: found[0].skipped_steps for word, found in runs.items()},
-        "nonfinite": {word: found[0].nonfinite_steps for word, found in runs.items()},
+        "plan_over_autocast": times["plan"] / times[low],
+        "eval_loss": {word: run.eval_loss for word, run in runs.items()},
+        "skipped": {word: run.skipped_steps for word, run in runs.items()},
+        "nonfinite": {word: run.nonfinite_steps for word, run in runs.items()},
         "forward_passes": (plan.confirmed or {}).get("forward_passes"),
         "modules": (plan.confirmed or {}).get("modules"),
     }
 
 
+def step_times(make: Callable[[], ps.Task], plan: ps.PrecisionPlan, low: str, steps: int) -> dict[str, float]:
+    """Median ms of a training step (forward, backward, AdamW) of three models that take turns."""
+    tasks = {word: make() for word in ("fp32", low, "plan")}
+    optimizers = {word: torch.optim.AdamW(t.model.parameters(), lr=1e-5) for word, t in tasks.items()}
+    handle = ps.apply(plan, tasks["plan"].model)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[low]
+    around = {"fp32": nullcontext, low: lambda: torch.autocast("cpu", dtype=dtype), "plan": handle.autocast}
+    times: dict[str, list[float]] = {word: [] for word in tasks}
+    for step in range(steps + 3):
+        words = list(tasks)
+        for word in words[step % 3 :] + words[: step % 3]:
+            task, batch = tasks[word], tasks[word].batch(step)
+            start = time.perf_counter()
+            with around[word]():
+                loss = task.loss(task.model, batch)
+            loss.backward()
+            optimizers[word].step()
+            optimizers[word].zero_grad()
+            times[word].append(time.perf_counter() - start)
+    return {word: 1e3 * statistics.median(t[3:]) for word, t in times.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", default=list(TASKS), help=f"of {', '.join(TASKS)}")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--timed", type=int, default=40)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     found = []
     for name in args.models:
         try:
-            found.append(measure(name, args.steps, args.rounds))
+            found.append(measure(name, args.steps, args.timed))
         except Missing as missing:
             print(f"{name}: skipped, {missing}")
             continue

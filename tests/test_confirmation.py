@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy
 import math
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import precscope as ps
+from precscope.advice.cost import save
 from precscope.confirmation.explanation import _Result, explain, percent
 from precscope.confirmation.judgement import Judgement, Yardstick
 from precscope.confirmation.probe import Outcome, Prober
@@ -452,6 +454,22 @@ def test_wrong_counts_are_refused(tmp_path):
     profile = profiled(make_task(), tmp_path / "run")
     with pytest.raises(ps.UsageError, match="batches must be 1 or more"):
         ps.recommend(profile, task=make_task(), batches=0)
+
+
+def test_the_whole_step_is_timed_where_costs_were_measured(tmp_path):
+    """Module times promise ten times the speed; on layers this small autocast only adds casts."""
+    profile = profiled(make_task(), tmp_path / "run")
+    rows = [
+        {"module": m, "format": f, "time_ms": t, "how": "measured", "cast_ms_per_element": 1e-9}
+        for m in ("", "first", "norm", "last")
+        for f, t in (("fp32", 10.0), ("bf16", 1.0))
+    ]
+    save(pd.DataFrame(rows), tmp_path / "run" / "cost.parquet")
+    plan = ps.recommend(profile, formats=("bf16", "fp32"), task=make_task())
+    assert set(plan.made_from["step_ms"]) == {"plan", "main", "fp32"}
+    assert {layer.compute for layer in plan.modules.values()} == {"fp32"}
+    assert "low precision gains nothing on this device" in plan.made_from["says"]
+    assert ps.recommend(profile, formats=("bf16", "fp32"))["first"].compute == "bf16"  # predicted from the same times
 
 
 # explanation

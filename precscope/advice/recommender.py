@@ -73,7 +73,7 @@ def recommend(
         modules=modules,
         loss_scale=_loss_scale(profile, graph, solution, limits, policy),
         optimizer=optimizer,
-        made_from=_made_from(profile, names, policy, limits, graph, solution, table, noise, verdicts),
+        made_from=_made_from(profile, names, policy, limits, graph, solution, main, table, noise, verdicts),
     )
 
 
@@ -224,6 +224,7 @@ def _made_from(
     limits: Limits,
     graph: ModelGraph,
     solution: Solution,
+    main: str,
     costs: CostTable,
     noise: Noise,
     verdicts: Verdicts,
@@ -240,6 +241,7 @@ def _made_from(
         "formats": list(formats),
         "policy": policy,
         "limits": {k: getattr(limits, k) for k in limits.__dataclass_fields__},
+        "main": main,
         "costs": "measured" if "measured" in costs.how.values() else "model",
         "predicted_ms": {
             "plan": solution.time_ms,

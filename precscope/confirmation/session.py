@@ -20,11 +20,14 @@ from .ground import Ground
 from .judgement import Judgement
 from .probe import Prober
 from .search import Finding, find_high
+from .timing import step_times
 from .tolerance import Tolerance
 from .trial import Trial, run_trial, state_kept
 
 _TIGHTEN = (0.25, 0.5, 1.0)  # of what is low, given up in one round after the other where the whole does not hold
 _PROGRESS, _KEEPS_UP = 0.3, 0.02  # of the largest loss that a trial must gain to tell; of that gain that may be lost
+
+_NO_GAIN = "Every module stays in fp32: low precision gains nothing on this device ({})."
 
 
 class Session:
@@ -56,6 +59,7 @@ class Session:
         self.trials: dict[str, Trial] = {}
         self._passes_before: dict[str, int] = {}
         self._keeps_up: dict[str, bool] = {}
+        self._step_ms: dict[frozenset[tuple[str, str]], dict[str, float]] = {}
 
     def run(self) -> PrecisionPlan:
         """The confirmed plan, or the last one tried, which says that it is not confirmed."""
@@ -217,7 +221,7 @@ class Session:
     def _confirm(self) -> PrecisionPlan:
         """The program's plan, tightened until it holds on all batches and states, and in training."""
         for share in (*_TIGHTEN, 0.0):
-            plan = self._predict(hopeful=False)
+            plan = self._settled(self._predict(hopeful=False))
             self._note("confirming the whole plan")
             judgement, where = self._try(plan)
             trial = self._try_training(plan) if judgement.passed else None
@@ -226,6 +230,37 @@ class Session:
             if passed or not self._tighten(plan, text, share):
                 break
         return plan.replace(confirmed=self._confirmation(passed, judgement, where, trial))
+
+    def _settled(self, plan: PrecisionPlan) -> PrecisionPlan:
+        """Where costs were measured, the whole step decides: islands that only the times of single modules ask for must
+        make it faster, and so must the plan beside fp32."""
+        main = plan.made_from.get("main", "fp32")
+        if get_format(main).bits != 16 or self.inference or plan.made_from["costs"] != "measured":
+            return plan
+        optional = [
+            name
+            for name, layer in plan.modules.items()
+            if layer.compute != main and main not in layer.evidence.get("forbidden", (main,)) and layer.params == "fp32"
+        ]
+        rivals = {"plan": plan, "main": _with_format(plan, optional, main, self.policy, "") if optional else plan}
+        if "fp32" in self._formats():
+            rivals["fp32"] = _with_format(plan, list(plan.modules), "fp32", self.policy, "")
+        key = frozenset((n, layer.compute) for n, layer in plan.modules.items())
+        if key not in self._step_ms:
+            self._note("timing whole steps")
+            self.states.go(self.ground.base)
+            seconds = step_times(self.task, self.confirming[0], list(rivals.values()))
+            self._step_ms[key] = {word: 1e3 * s for word, s in zip(rivals, seconds, strict=True)}
+        times = self._step_ms[key]
+        best = min(times["plan"], times["main"])
+        if times.get("fp32", math.inf) <= 1.02 * best:
+            why = f"the whole step takes {times['fp32']:.3g} ms in fp32 and {best:.3g} ms with low precision"
+            return _with_format(plan, list(plan.modules), "fp32", self.policy, why, says=_NO_GAIN.format(why), ms=times)
+        if not optional or times["plan"] < 0.98 * times["main"]:
+            return _with_format(plan, [], main, self.policy, "", ms=times)
+        told = f"in fp32 this and its like would be faster alone, yet the whole step takes {times['plan']:.3g} ms so "
+        told += f"and {times['main']:.3g} ms in {main} throughout"
+        return _with_format(plan, optional, main, self.policy, told, ms=times)
 
     def _try(self, plan: PrecisionPlan) -> tuple[Judgement, str]:
         """The worst judgement over batches and states, and where."""
@@ -302,6 +337,36 @@ class Session:
             "modules": len(self.graph.units),
             "tolerance": {k: getattr(self.yardstick.tolerance, k) for k in Tolerance.__dataclass_fields__},
         }
+
+
+def _with_format(
+    plan: PrecisionPlan,
+    names: list[str],
+    fmt: str,
+    policy: str,
+    why: str,
+    *,
+    says: str = "",
+    ms: dict[str, float] | None = None,
+) -> PrecisionPlan:
+    """The plan with these modules in `fmt` as well. ms: measured times of whole steps, to keep."""
+    reason = (Reason(code="cost", text=why, site=None, numbers={}),) if why else ()
+
+    def changed(layer: LayerPrecision) -> LayerPrecision:
+        params = fmt if policy == "cast" else "fp32"
+        return LayerPrecision(
+            fmt, policy=policy, params=params, reasons=(*reason, *layer.reasons), evidence=layer.evidence
+        )
+
+    chosen = set(names)
+    modules = {n: changed(layer) if n in chosen else layer for n, layer in plan.modules.items()}
+    default = changed(plan.default) if "" in chosen else plan.default
+    made_from = dict(plan.made_from) | ({"step_ms": ms} if ms else {})
+    if {layer.compute for layer in modules.values()} == {fmt} and policy == "autocast" and fmt != "fp32":
+        says = f"Every module is {fmt}: plain {fmt} autocast is already right, the plan changes nothing."
+    made_from["says"] = says or made_from.get("says", "")
+    kept = {} if fmt == "fp32" and chosen >= set(plan.modules) else plan.loss_scale
+    return plan.replace(modules=modules, default=default, made_from=made_from, loss_scale=kept)
 
 
 def trial_text(trial: dict[str, Any]) -> str:
