@@ -18,7 +18,7 @@ import precscope as ps
 from precscope.advice.cost import save
 from precscope.confirmation.explanation import _Result, explain, percent
 from precscope.confirmation.judgement import Judgement, Yardstick
-from precscope.confirmation.probe import Outcome, Prober
+from precscope.confirmation.probe import Outcome, Prober, scattered
 from precscope.confirmation.search import find_high
 from precscope.confirmation.substitution import Substitution
 from precscope.confirmation.tolerance import Tolerance
@@ -185,6 +185,13 @@ def test_order_is_lost_where_values_collapse():
     pairs = [(a, b) for i, a in enumerate(after.tolist()) for b in after.tolist()[i + 1 :]]
     assert judged.numbers["order_lost"] == pytest.approx(sum(a >= b for a, b in pairs) / len(pairs))
     assert not judged.passed
+
+
+def test_the_sample_of_an_output_is_of_all_its_classes():
+    """Logits [64, 256] in steps of 32 elements would be of 8 classes; of 256 x 8 classes in 512, of one."""
+    logits = torch.arange(64 * 256) % 256
+    assert len(scattered(logits, 512).unique()) > 200
+    assert torch.equal(scattered(logits[:100], 512), logits[:100])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

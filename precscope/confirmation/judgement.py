@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .explanation import percent
-from .probe import Outcome
+from .probe import SAMPLE, Outcome, scattered
 from .tolerance import Tolerance
 
 
@@ -123,8 +123,7 @@ class Yardstick:
         before, after = reference.outputs, outcome.outputs
         if before is None or after is None or reference.discrete or before.numel() < 8 or before.shape != after.shape:
             return Judgement(0.0, "", {})
-        if before.numel() > 512:
-            before, after = (v[:: v.numel() // 512] for v in (before, after))
+        before, after = (scattered(v, SAMPLE) for v in (before, after))
         gap = before[:, None] - before[None, :]
         finite = before.isfinite()
         pairs = gap > 1e-6 * float(before[finite].abs().max()) if bool(finite.any()) else torch.zeros_like(gap).bool()

@@ -27,7 +27,7 @@ from .explanation import OpLog
 from .states import attributes_kept
 from .substitution import Memory, Substitution
 
-_SAMPLE = 512  # elements of the output that are compared by order
+SAMPLE = 512  # elements of the output that are compared by order
 _RETRY = (0, -5, -10)  # binades by which a loss scale is lowered where gradients overflow, as GradScaler would
 
 
@@ -193,8 +193,16 @@ def _vector(output: Any, *, whole: bool = False) -> torch.Tensor:
         return torch.zeros(0)
     if whole:
         return torch.cat([t.float().flatten() for t in found])
-    first = found[0].flatten()
-    return first[:: max(1, first.numel() // _SAMPLE)][:_SAMPLE].float()
+    return scattered(found[0].flatten(), SAMPLE).float()
+
+
+def scattered(values: torch.Tensor, count: int) -> torch.Tensor:
+    """At most `count` elements of a vector from all over it, the same ones for every vector of that length. Evenly
+    spaced ones would all be of one class where the spacing is a multiple of their number."""
+    n = values.numel()
+    if n <= count:
+        return values
+    return values[torch.arange(count, device=values.device) * 2_654_435_761 % n]  # Knuth's multiplicative hash
 
 
 def _dense(gradient: torch.Tensor) -> torch.Tensor:
