@@ -77,7 +77,7 @@ def examine(*, device: str | None = None, size: int = 1024) -> Diagnosis:
     import torch
 
     from .kernels import backend_for
-    from .recording.recorder import cpu_name
+    from .recording.provenance import cpu_name
 
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else cpu_name()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +117,7 @@ class Profile:
         path = self.path / "cost.parquet"
         return pd.read_parquet(path) if path.exists() else None
 
-    @property
+    @cached_property
     def ops(self) -> OpRecords | None:
         """What was recorded at op level (see `ops.ask(format)`), None where nothing was. Damaged parts are left out."""
         from .opstore import load_ops

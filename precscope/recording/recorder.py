@@ -8,9 +8,6 @@ are untouched: hooks only read.
 from __future__ import annotations
 
 import contextlib
-import os
-import platform
-import sys
 import time
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -21,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .. import __version__
 from ..attribution import unwrap
 from ..batches import RandomStates
 from ..errors import ModelError, RunDirectoryError, UsageError
@@ -40,6 +36,7 @@ from ..store import (
 from . import graph
 from .distributed import ddp_in
 from .observations import Observations
+from .provenance import now, provenance
 from .updates import OptimizerWatcher
 from .watcher import Watcher, watched_modules
 
@@ -325,7 +322,7 @@ class Recorder:
         else:
             if error is not None:
                 content["error"] = f"{type(error).__name__}: {error}"
-            update_json(self.directory / "run.json", {**content, "finished": _now()})
+            update_json(self.directory / "run.json", {**content, "finished": now()})
 
 
 def record(
@@ -368,36 +365,6 @@ def record(
     )  # fmt: skip
 
 
-def provenance(model: nn.Module) -> dict[str, Any]:
-    """What ran: versions, device, host threads, command line."""
-    parameter = next(model.parameters(), None)
-    device = parameter.device if parameter is not None else torch.device("cpu")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    return {
-        "precscope": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": device.type,
-        "device_name": name,
-        "threads": torch.get_num_threads(),
-        "model": type(model).__name__,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "command": " ".join(sys.argv),
-        "pid": os.getpid(),
-        "started": _now(),
-    }
-
-
-def cpu_name() -> str:
-    """What the processor calls itself."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _prepare(path: Path, exist: str) -> Path:
     """The directory of this process: rank 0 writes into the run directory, others below it; histograms add up when the
     run is read. Each rank judges its own directory, so that none waits for another."""
@@ -414,7 +381,3 @@ def _as_list(optimizer: Any) -> list[torch.optim.Optimizer]:
         if not isinstance(item, torch.optim.Optimizer):
             raise UsageError(f"optimizer must be a torch.optim.Optimizer or several, not {type(item).__name__}")
     return optimizers
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

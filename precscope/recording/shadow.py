@@ -222,16 +222,11 @@ class ShadowStep:
             stack.enter_context(gradients_apart(model, self.ddp))
             stack.enter_context(self._aside(model))
             ops = stack.enter_context(record_ops(model))
-            for index, closure in enumerate(closures):
-                if index < len(self.random):
-                    self.random[index].put_back()
-                with torch.enable_grad():
-                    loss = closure()
-                _check_loss(loss)
-                loss.backward()
+            self._backward(None, closures)
             return ops.records()
 
-    def _backward(self, watcher: ShadowWatcher, closures: Sequence[Closure]) -> Tensor:
+    def _backward(self, watcher: ShadowWatcher | None, closures: Sequence[Closure]) -> Tensor:
+        """All closures, forward and backward, priced by `watcher` where there is one; the sum of their losses."""
         total: Tensor | None = None
         for index, closure in enumerate(closures):
             if index < len(self.random):
@@ -239,9 +234,11 @@ class ShadowStep:
             with torch.enable_grad():
                 loss = closure()
             _check_loss(loss)
-            watcher.pricing = True
+            if watcher is not None:
+                watcher.pricing = True
             loss.backward()
-            watcher.pricing = False
+            if watcher is not None:
+                watcher.pricing = False
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         return total.reshape(())

@@ -355,7 +355,7 @@ class Trainer:
     def _announce(self, first: int) -> None:
         if self.out is None:
             return
-        from ..recording.recorder import provenance
+        from ..recording.provenance import provenance
 
         described = self.precision.describe()
         write_run_json(
