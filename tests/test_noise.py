@@ -16,9 +16,11 @@ PATH = Path(__file__).parents[1] / "benchmarks" / "noise.py"
 
 @pytest.fixture(scope="module")
 def noise():
+    sys.path.insert(0, str(PATH.parent))  # as for a script: its neighbours can be imported
     spec = importlib.util.spec_from_file_location("benchmark_noise", PATH)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    sys.path.remove(str(PATH.parent))
     return module
 
 
