@@ -483,7 +483,20 @@ def test_the_whole_step_is_timed_where_costs_were_measured(tmp_path):
 
 
 def test_an_explanation_needs_a_difference():
-    assert explain([], [], "fp16") is None
+    """Of a module's ops in fp32 and the same ones again nothing is told; of those in fp16 the op that overflows."""
+    task = make_task(Net(3e3))
+    batch = task.batch(0)
+    prober = Prober(task, policy="autocast", inference=False, scale_exponent=0)
+    _, memory = prober.all_low(batch, "fp16")
+    logs = []
+    for run in (prober.reference, prober.reference, lambda b: prober.alone(b, "fp16", ["norm"], memory)):
+        with prober.logged(["norm"]) as log:
+            run(batch)
+        logs.append(log.results["norm"])
+    assert len(logs[0]) > 3
+    assert explain(logs[0], logs[1], "fp16") is None
+    found = explain(logs[0], logs[2], "fp16")
+    assert (found.op, found.phase) == ("aten.mul", "forward") and found.numbers["limit"] == 65504
 
 
 def test_an_ulp_is_not_given_beyond_the_end_of_the_format():
