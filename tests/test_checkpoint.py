@@ -142,9 +142,9 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
         process.wait()
         process.stdout.close()
         rows = read_log(tmp_path / "a")
-        assert [r.step for r in rows] == list(range(len(rows))) and len(rows) >= stop
         seen.append(checkpoint.latest(tmp_path / "a")["step"])
-    assert 5 <= seen[0] < seen[1]
+        assert [r.step for r in rows] == list(range(len(rows))) and len(rows) >= seen[-1]  # the log is never behind
+    assert 5 <= seen[0] <= seen[1] and seen[1] >= 10
     task = make_task(make)
     result = train(task, out=tmp_path / "a", resume=True, **SETTINGS)
     assert result.losses == expected.losses and result.eval_loss == expected.eval_loss
