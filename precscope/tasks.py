@@ -112,14 +112,17 @@ class Task:
                 return
             yield batch
 
-    def checked_loss(self, batch: Any, *, needs_grad: bool = True) -> torch.Tensor:
+    def checked_loss(
+        self, batch: Any, *, needs_grad: bool = True, model: Callable[..., Any] | None = None
+    ) -> torch.Tensor:
         """loss(model, batch), which must be a scalar floating tensor, attached to the graph where `needs_grad`.
 
-        Reads no value, hence waits for no device. Raises TaskError naming what the loss function returned instead.
+        model: a wrapper of the task's model to call in its place (DDP, torch.compile); None: the model itself. Reads
+        no value, hence waits for no device. Raises TaskError naming what the loss function returned instead.
         """
         import torch
 
-        loss = self.loss(self.model, batch)
+        loss = self.loss(self.model if model is None else model, batch)  # type: ignore[arg-type]
         if not isinstance(loss, torch.Tensor):
             raise TaskError(f"the loss function must return a scalar tensor, not {kind_of(loss)}{_float_hint(loss)}")
         if loss.numel() != 1:

@@ -407,10 +407,6 @@ def test_the_schedule_is_a_plain_function():
         ({"device": "gpu"}, "cannot use device 'gpu'"),
         ({"resume": True}, "resume=True needs out="),
         ({"exist": "replace"}, "exist must be 'error' or 'overwrite', not 'replace'"),
-        (
-            {"plan": PrecisionPlan(phases=({"from_step": 0, "precision": "fp32"},))},
-            "this plan has phases; train each with plan.at_step",
-        ),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):

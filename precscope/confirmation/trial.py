@@ -17,7 +17,7 @@ from ..preservation import eager, preserved
 from ..tasks import Task
 from ..training.config import TrainConfig
 from ..training.devices import own_device, to_device
-from ..training.optim import clip, gradients, make_optimizer
+from ..training.optim import gradients, make_optimizer, total_norm
 from ..training.precision import Precision, make_precision
 from .states import attributes_kept
 
@@ -111,7 +111,7 @@ def run_trial(
                     loss = task.checked_loss(to_device(copy_containers(batch), device))
                 mode.backward(loss)
                 mode.unscale(optimizer)
-                norm = clip(gradients(optimizer), None)
+                norm = total_norm(gradients(optimizer))
                 skipped += bool(mode.step(optimizer, torch.isfinite(norm)))
                 optimizer.zero_grad(set_to_none=True)
                 losses.append(float(loss.detach()))

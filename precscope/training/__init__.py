@@ -5,8 +5,9 @@ result.py what it returns; tasks/ the tasks that come with precscope.
 """
 
 from .config import TrainConfig
+from .entry import train
 from .evaluation import evaluate
-from .loop import Trainer, train
+from .loop import Trainer
 from .precision import Autocast, FullPrecision, Planned, Precision, make_precision
 from .result import TrainResult
 

@@ -15,8 +15,10 @@ from .devices import to_device
 from .precision import Precision
 
 
-def evaluate(task: Task, *, precision: Precision, limit: int | None = None) -> float:
+def evaluate(task: Task, *, precision: Precision, limit: int | None = None, model: nn.Module | None = None) -> float:
     """Mean loss of the task's model over its held-out batches, in `precision` (a plan must be applied already).
+
+    model: a wrapper of the model to call in its place.
 
     Raises TaskError where there are none. Modes and random streams are put back.
     """
@@ -24,7 +26,8 @@ def evaluate(task: Task, *, precision: Precision, limit: int | None = None) -> f
     with in_mode(task.model, training=False), preserved_rng(), torch.no_grad():
         for batch in task.evaluation(limit=limit):
             with precision.forward_context():
-                losses.append(task.checked_loss(to_device(batch, precision.device), needs_grad=False).double())
+                loss = task.checked_loss(to_device(batch, precision.device), needs_grad=False, model=model)
+            losses.append(loss.double())
     if not losses:
         raise TaskError("eval_batches is empty: give at least one held-out batch, or None")
     return float(torch.stack(losses).mean())

@@ -84,6 +84,11 @@ class TrainLog:
         end = time.monotonic()
         self._next_write = end + max(self.flush_seconds, 20 * (end - start))
 
+    def cut(self, step: int) -> None:
+        """Drop the rows from `step` on: the run goes back to it."""
+        self.rows = [row for row in self.rows if row.step < step]
+        self._written = -1
+
     def load_before(self, step: int) -> None:
         """Take over the rows before `step` from the file of an earlier part of this run."""
         if self.out is not None and (self.out / "train.parquet").exists():

@@ -80,14 +80,16 @@ def gradients(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return found
 
 
-def clip(grads: list[torch.Tensor], limit: float | None) -> torch.Tensor:
-    """Scale `grads` in place so that their total 2-norm is at most `limit` (None: leave them); the norm before."""
+def total_norm(grads: list[torch.Tensor]) -> torch.Tensor:
+    """2-norm of all gradients together: float scalar; summed in fp32 where some are stored lower."""
     if any(g.dtype in (torch.float16, torch.bfloat16) for g in grads):  # a norm in fp16 ends at 65504
-        norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32).to(grads[0].device) for g in grads]).norm()
-    else:
-        norm = torch.nn.utils.get_total_norm(grads)
+        return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32).to(grads[0].device) for g in grads]).norm()
+    return torch.nn.utils.get_total_norm(grads)
+
+
+def clip(grads: list[torch.Tensor], norm: torch.Tensor, limit: float | None) -> None:
+    """Scale `grads`, whose total 2-norm is `norm`, in place so that it is at most `limit` (None: leave them)."""
     if limit is not None:
         coefficient = torch.clamp(limit / (norm + 1e-6), max=1.0)
         for grad in grads:
             grad.mul_(coefficient.to(grad.device))
-    return norm

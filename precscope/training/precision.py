@@ -65,6 +65,7 @@ class Precision:
 
     word = "fp32"
     scaler: LossScaler | None = None
+    resting: LossScaler | None = None  # of an earlier phase, for a later one
     plan: PrecisionPlan | None = None
 
     def __init__(self, device: torch.device) -> None:
@@ -109,19 +110,32 @@ class Precision:
             optimizer.step()
         return skipped
 
+    def take_over(self, before: Precision) -> None:
+        """Go on where `before` ends, in the middle of a run: with its loss scaler, at once or when one is needed."""
+        last = before.scaler or before.resting
+        if last is not None and self.scaler is not None:
+            self.scaler = last
+        else:
+            self.resting = last
+
     def describe(self) -> dict[str, Any]:
         """What runs, for run.json: word, loss scaling, and notes in words."""
         return {"word": self.word, "loss_scale": self._describe_scaler(), "notes": []}
 
     def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint."""
-        return {"scaler": self.scaler.state_dict()} if self.scaler else {}
+        states = {"scaler": self.scaler, "resting": self.resting}
+        return {name: scaler.state_dict() for name, scaler in states.items() if scaler is not None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of state_dict; a run that changes precision starts with a fresh loss scale."""
         if self.scaler and state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
             self.scaler.prepare(self.device)
+        if state.get("resting"):
+            self.resting = LossScaler(self.device.type)
+            self.resting.load_state_dict(state["resting"])
+            self.resting.prepare(self.device)
 
     def _describe_scaler(self) -> dict[str, Any] | None:
         if self.scaler is None:
@@ -278,14 +292,12 @@ def make_precision(
 ) -> Precision:
     """The Precision for `word` ("fp32", "tf32", "bf16", "fp16") or for `plan`; fp32 where neither is given.
 
-    Raises UsageError on another word, on both, and on a plan with phases. Whether a plan fits the model shows when it
-    is applied.
+    Of a plan with phases the modules' own entries are meant; plan.at_step gives those of a step. Raises UsageError on
+    another word, and on both. Whether a plan fits the model shows when it is applied.
     """
     if plan is not None and word not in (None, "plan"):
         raise UsageError(f"give a plan or precision={word!r}, not both: a plan says the precision of each module")
     if plan is not None:
-        if plan.phases:
-            raise UsageError("this plan has phases; train each with plan.at_step(step), one run after the other")
         return Planned(device, plan, model)
     word = _normal(word or "fp32")
     if word in ("fp32", "tf32"):
