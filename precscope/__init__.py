@@ -28,7 +28,9 @@ _WHERE = {
     "trace": "tracing", "trace_step": "replaying",
     "emulate": "emulation",
     "recommend": "confirmation",
-    "compare": "comparison",
+    "tune": "tuning",
+    "infer": "inference", "export": "exporting",
+    "compare": "comparison", "verify": "comparison",
     "report": "reporting",
     "PrecscopeError": "errors", "UsageError": "errors", "RunError": "errors",
 }  # fmt: skip

@@ -11,9 +11,11 @@ import typer
 from .. import __version__
 from ..errors import PrecscopeError
 from .advice import forecast, recommend
+from .inference import export, infer
 from .machine import bench_app, demo, doctor
 from .reading import ask, compare, report
 from .running import profile, trace, train
+from .tuning import tune
 
 app = typer.Typer(
     name="precscope",
@@ -27,7 +29,7 @@ app = typer.Typer(
     epilog="--debug (or PRECSCOPE_DEBUG=1) anywhere on the line shows the traceback of an error.",
 )
 
-for _command in (demo, doctor, profile, ask, recommend, forecast, train, compare, trace, report):
+for _command in (demo, doctor, profile, ask, recommend, forecast, tune, train, infer, export, compare, trace, report):
     app.command()(_command)
 app.add_typer(bench_app, name="bench")
 

@@ -16,6 +16,7 @@ from .printing import (
     SkipOption,
     load,
     next_command,
+    progress,
     write_csv,
     wrote,
 )
@@ -78,19 +79,37 @@ def _asked_of_ops(run: Path, format: str, scale_exponent: int, skip_damaged: boo
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="run directories of precscope train")],
     baseline: Annotated[Path | None, typer.Option(help="run to measure against; default: the first fp32 run")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="compare over so many seeds: train those that lack into RUN/seeds")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="task of the runs, where they do not know it or it moved")] = None,
+    margin: Annotated[float, typer.Option(help="difference that does not matter, as a share of the loss")] = 0.02,
+    confidence: Annotated[float, typer.Option(help="of intervals and tests")] = 0.95,
     csv: Annotated[Path | None, typer.Option(help="also write the table to this CSV file")] = None,
+    json: Annotated[Path | None, typer.Option(help="also write everything to this JSON file")] = None,
+    figure: Annotated[Path | None, typer.Option(help="also draw the loss curves: .png, .svg or .pdf")] = None,
 ) -> None:
-    """Put training runs side by side: loss, speed, memory, skipped and non-finite steps.
+    """Put training runs side by side: is the loss the same within a margin, speed, memory, skipped steps.
 
-    Example: precscope compare runs/fp32 runs/plan
+    Example: precscope compare runs/fp32 runs/plan --seeds 5
     """
     from ..comparison import compare as run
 
-    result = run(runs, baseline=baseline)
+    with progress() as shown:
+        result = run(
+            runs, baseline=baseline, seeds=seeds, task=task, margin=margin, confidence=confidence,
+            progress=shown.run, note=shown.note,
+        )  # fmt: skip
     print(result)
     if csv is not None:
         write_csv(result.table(), csv)
         wrote(csv)
+    if json is not None:
+        wrote(result.save(json))
+    if figure is not None:
+        from ..reporting.curves import save_figure
+
+        wrote(save_figure(result, figure))
     listed = " ".join(f"--run {r}" for r in runs)
     recorded = next((r for r in runs if any(r.glob("stats-*.parquet"))), "RECORDED_RUN")
     next_command(f"precscope report {recorded} {listed} --out reports/comparison.html")

@@ -79,6 +79,12 @@ def train(
         int | None, typer.Option(help="run every N-th step in fp32 too and record both: what precision does to it")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint in --out")] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="then train the fp32 twin too; exit 1 where the loss is not within --margin"),
+    ] = False,
+    verify_out: Annotated[Path | None, typer.Option(help="directory of the fp32 twin; default: OUT-fp32")] = None,
+    margin: Annotated[float, typer.Option(help="of --verify, as a share of fp32's loss")] = 0.02,
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -88,6 +94,10 @@ def train(
     """
     from ..training import train as run
 
+    if verify and plan is None and precision in (None, "fp32", "float32"):
+        raise UsageError(
+            "--verify compares with fp32, and this run is in fp32: give --plan or --precision, or leave it out"
+        )
     with progress() as shown:
         result = run(
             task, out=out, plan=plan, precision=precision, steps=steps, lr=lr, schedule=schedule,
@@ -100,6 +110,9 @@ def train(
     print(table([out]))
     for text in result.notes:
         say(text)
+    if verify:
+        _verify(out, verify_out, margin)
+        return
     twin = f"precscope train {task} --precision fp32 --steps {steps} --out runs/fp32"
     planned = f"precscope train {task} --plan plan.json --steps {steps} --out runs/plan"
     base = Path("runs/fp32")
@@ -107,6 +120,18 @@ def train(
         wrote(out, next=planned)
     else:
         wrote(out, next=f"precscope compare {base} {out}" if base.is_dir() else twin)
+
+
+def _verify(out: Path, twin: Path | None, margin: float) -> None:
+    """Train the fp32 twin, print the comparison, and exit 1 where the loss does not hold."""
+    from ..comparison import verify
+
+    with progress() as shown:
+        compared = verify(out, out=twin, margin=margin, progress=shown.run, note=shown.note)
+    print(compared)
+    wrote(out, Path(compared.baseline), next=f"precscope compare {compared.baseline} {out} --seeds 5")
+    if not compared.passed:
+        raise typer.Exit(1)
 
 
 def trace(
