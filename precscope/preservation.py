@@ -100,3 +100,19 @@ def eager() -> Iterator[None]:
         yield
     finally:
         forced.release()
+
+
+@contextlib.contextmanager
+def backward_outside_autocast() -> Iterator[None]:
+    """For models that torch.compile compiles inside: their backward pass is compiled as it runs in eager mode where
+    backward() is called after the `with torch.autocast` block, as PyTorch's manual has it.
+
+    By default the compiler takes the autocast around the forward pass to be around the backward pass, too. It then
+    lowers the products in the backward pass of modules that left autocast for fp32.
+    """
+    config = getattr(sys.modules.get("torch._functorch"), "config", None)
+    if not hasattr(config, "backward_pass_autocast"):
+        yield
+        return
+    with config.patch(backward_pass_autocast="off"):
+        yield

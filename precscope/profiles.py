@@ -73,14 +73,15 @@ class Profile:
                 "precscope profile TASK --out DIR"
             )
         damaged: list[str] = []
-        reader, shadow, truth = _Reader(), _Reader(), []
+        run = _read_json(path / "run.json")
+        world = run.get("merged_over", 0)  # of processes whose rows add up, gradients divided by their number
+        reader, shadow, truth = _Reader(world), _Reader(world), []
         for _, table in _parts(path, "stats", skip_damaged, damaged):
             reader.add(table)
         for part, table in _parts(path, "shadow", skip_damaged, damaged):
-            shadow.add(table, rank="" if part.parent == path else part.parent.name)
+            shadow.add(table, rank="" if world or part.parent == path else part.parent.name)
         for _, table in _parts(path, "truth", skip_damaged, damaged):
             truth.append(table)
-        run = _read_json(path / "run.json")
         if not run and not reader.sites:
             raise RunDirectoryError(
                 f"{path} holds no recorded run: record one with precscope profile TASK --out {path}"
@@ -255,9 +256,10 @@ def _truth(parts: list[pa.Table]) -> pd.DataFrame | None:
 
 
 class _Reader:
-    """Sums parts into one row per site, and keeps the scalars of every step."""
+    """Sums parts into one row per site, and keeps the scalars of every step. world: see Profile.load."""
 
-    def __init__(self) -> None:
+    def __init__(self, world: int = 0) -> None:
+        self._world_exponent = max(world, 1).bit_length() - 1
         self.sites: dict[Site, int] = {}
         self._tables: list[StatsTable] = []
         self._rows = 0
@@ -278,7 +280,7 @@ class _Reader:
             counts=expand(column["hist_lo"].to_numpy(zero_copy_only=False), column["hist"]),
             **{n: column[n].to_numpy(zero_copy_only=False) for n in _SCALARS if n not in ("count", "loss_scale")},
             source=column["source"].to_pylist(),
-            source_exponent=1 - np.frexp(column["loss_scale"].to_numpy(zero_copy_only=False))[1].astype(np.int64),
+            source_exponent=self._source_exponents(column),
             weights=_weights(column) if "weights" in column else None,
         )
         unique, inverse = np.unique(keys, return_inverse=True)
@@ -294,6 +296,12 @@ class _Reader:
                     if change is not None:
                         squares[site] = squares.get(site, 0.0) + change * change
         self._scalars.append(part.select(["step", "module", "role", "call", "tensor", "source", *_SCALARS]))
+
+    def _source_exponents(self, column: dict[str, pa.Array]) -> np.ndarray:
+        """By which powers of two values were multiplied since they were seen: what was divided out of gradients."""
+        scale = 1 - np.frexp(column["loss_scale"].to_numpy(zero_copy_only=False))[1].astype(np.int64)
+        gradient = np.asarray([Role(role).is_gradient for role in column["role"].to_pylist()], np.int64)
+        return scale - self._world_exponent * gradient
 
     def _add_ratios(self, keys: np.ndarray, column: dict[str, pa.Array]) -> None:
         rows = np.flatnonzero(column["ratio_unchanged"].is_valid().to_numpy(zero_copy_only=False))

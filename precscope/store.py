@@ -10,7 +10,8 @@
 
 Every part is written beside its final name and renamed over it, so a part is either complete or absent: a process
 killed at any moment leaves a directory that loads, with all that was flushed. Each file carries a schema number.
-On several processes, rank k > 0 writes below `rank-0000k/`; histograms add up, so a reader merges them.
+Several processes merge their statistics, and rank 0 writes. What was not merged (a process that failed, merge=False)
+rank k > 0 writes below `rank-0000k/`; histograms add up, so a reader merges them.
 """
 
 from __future__ import annotations
@@ -77,13 +78,20 @@ def rank_name(rank: int) -> str:
 def _remove_run(path: Path, ranks: int) -> None:
     patterns = (
         "stats-*.parquet", "ops-*.parquet", "shadow-*.parquet", "truth-*.parquet", "train.parquet", "cost.parquet",
-        "graph.json", "plan.json", "checkpoints/step-*.pt", "run.json",
+        "graph.json", "plan.json", "plan-*.json", "checkpoints/step-*.pt", "checkpoints/best-*.pt",
+        "checkpoints/best.json", "events.jsonl", "failing-*.pt", "model.safetensors", "run.json",
     )  # fmt: skip
     stale = [p for p in path.glob("rank-*") if p.name >= rank_name(ranks)]
     for directory in (path, *stale):
         for pattern in patterns:
             for file in directory.glob(pattern):
                 file.unlink(missing_ok=True)
+
+
+def drop_all_steps(directory: Path, first: int, *, below: bool = True) -> None:
+    """`drop_steps` in a run directory and, with `below`, in those of further processes."""
+    for path in [directory, *(sorted(directory.glob("rank-*")) if below else [])]:
+        drop_steps(path, first)
 
 
 def drop_steps(directory: Path, first: int) -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from precscope.applying import apply
 from precscope.errors import PlanError
 from precscope.plans import LayerPrecision, PrecisionPlan
+from precscope.tasks import make_task
+from precscope.training.tasks.gpt import gpt
 
 hidden = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 """A warning of dynamo's own, which it hides where warnings are not errors."""
@@ -93,6 +97,124 @@ def test_a_planned_model_compiles_whole_and_gives_the_same(name):
         expected = step(net, net)
         compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
         assert_equal(step(compiled, net), expected)
+
+
+GPT_PLANS = {
+    "islands": PrecisionPlan(default="bf16", modules={"blocks.1": "fp32", "blocks.0.attn": "fp32", "ln_f": "fp32"}),
+    "mixed": PrecisionPlan(
+        modules={"blocks.0": LayerPrecision("fp16", policy="cast"), "blocks.1.mlp.fc1": "bf16", "head": "bf16"}
+    ),
+    "cast": PrecisionPlan(
+        default=LayerPrecision("bf16", policy="cast", params="fp32"), modules={"blocks.?.ln?": "fp32"}
+    ),
+    "low storage": PrecisionPlan.uniform("bf16", params="bf16"),
+    "fp8": PrecisionPlan(default="bf16", modules={"blocks.?.mlp.fc?": "e4m3", "blocks.0.attn.qkv": "e5m2"}),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in ("islands", "fp8") else pytest.param(n, marks=pytest.mark.slow) for n in GPT_PLANS]
+)
+def test_a_planned_gpt_compiles_whole_and_gives_the_same_gradients(name):
+    task = make_task(partial(gpt, "tiny"), seed=0)
+    net, batch = task.model, task.batch(0)
+
+    def gradients(model):
+        net.zero_grad(set_to_none=True)
+        with handle.autocast():
+            loss = task.loss(model, batch)
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in net.parameters())]
+
+    with apply(GPT_PLANS[name], net) as handle:
+        expected = gradients(net)
+        assert_equal(gradients(torch.compile(net, backend="aot_eager", fullgraph=True)), expected)
+
+
+class Products(TorchDispatchMode):
+    """The dtypes of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.dtypes.append(out.dtype)
+        return out
+
+
+def test_the_backward_pass_of_an_fp32_island_is_fp32_where_the_loss_is_under_autocast():
+    """torch.compile takes the autocast around the forward pass to be around the backward pass, too, and lowers the
+    island's products there (first half: what is to be avoided); PlanHandle.autocast keeps them as in eager mode."""
+    net = Net()
+    plan = PrecisionPlan(default="bf16", modules={"blocks": "fp32"})
+    seen = {}
+    with apply(plan, net) as handle:
+        for name, context in (("plain", torch.autocast("cpu", dtype=torch.bfloat16)), ("ours", handle.autocast())):
+            torch.compiler.reset()
+            with context:
+                loss = torch.compile(net, backend="aot_eager")(x).float().square().sum()
+            with Products() as products:
+                loss.backward()
+            seen[name] = products.dtypes
+        with handle.autocast():
+            loss = net(x).float().square().sum()
+        with Products() as products:
+            loss.backward()
+    assert seen["ours"] == products.dtypes == [torch.bfloat16] * 2 + [torch.float32] * 4
+    assert set(seen["plain"]) == {torch.bfloat16}
+
+
+def test_the_loss_compiled_with_the_plans_autocast_inside():
+    net = Net()
+    with apply(PLANS["island"], net) as handle:
+
+        def loss(batch):
+            with handle.autocast():
+                return F.mse_loss(net(batch), torch.ones(4, 2))
+
+        assert torch.equal(torch.compile(loss, backend="eager", fullgraph=True)(x), loss(x))
+
+
+class Branching(nn.Module):
+    """Modules that run only sometimes: by a flag, by the mode, by the shape; one twice, one never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c, self.unused = (nn.Linear(8, 8) for _ in range(4))
+        self.extra = None
+        self.deep = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.gelu(self.a(x))
+        if self.deep:
+            x = self.b(self.b(x))
+        if self.training and x.shape[0] > 2:
+            x = x + self.c(x)
+        return x if self.extra is None else self.extra(x)
+
+
+def test_a_model_with_conditional_modules():
+    net = Branching()
+    plan = PrecisionPlan(default="bf16", modules={"b": "fp32", "c": LayerPrecision("fp16", policy="cast")})
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    with apply(plan, net):
+        for deep in (False, True):
+            for training in (True, False):
+                net.deep = deep
+                net.train(training)
+                for data in (x, x[:2]):
+                    results = []
+                    for model in (net, compiled):
+                        net.zero_grad(set_to_none=True)
+                        y = model(data)
+                        y.float().sum().backward()
+                        grads = [p.grad for p in net.parameters()]
+                        results.append([y.detach(), *(g for g in grads if g is not None)])
+                    assert_equal(*results)
 
 
 def test_a_planned_model_compiles_for_inference():

@@ -18,7 +18,7 @@ import precscope as ps
 from precscope.comparison import Against, Difference
 from precscope.comparison.curves import CurvePoint, end_of, mean_interval, moving_average, spread
 from precscope.comparison.equivalence import paired, ratio, t_interval, tost, unpaired
-from precscope.comparison.wording import judged, signed
+from precscope.comparison.wording import judged, signed, speed_text
 from precscope.errors import RunDirectoryError, UsageError
 from precscope.reporting.curves import compare_figure, save_figure
 from precscope.reporting.pairs import pairs_text
@@ -163,6 +163,13 @@ def test_equal_runs_are_equivalent_and_one_seed_has_no_interval():
     assert math.isnan(t_interval(1.0, math.nan, 0, 0.95)[0])
 
 
+def test_a_speed_says_what_it_rests_on():
+    assert speed_text(ratio([2.0, 2.1, 1.9], confidence=0.95)) == "2.00x [1.76, 2.26]"
+    assert speed_text(ratio([2.0], confidence=0.95)) == "2.00x (one ratio, no interval)"
+    assert speed_text(ratio([0.5, 8.0], confidence=0.95)) == "2.00x (the pairs differ too much to say more)"
+    assert speed_text(ratio([], confidence=0.95)) == "–"
+
+
 def test_ratios_are_averaged_on_the_logarithm():
     found = ratio([2.0, 0.5, 1.0], confidence=0.95)
     assert found.mean == pytest.approx(1.0) and found.n == 3
@@ -197,7 +204,7 @@ def test_small_differences_keep_a_digit():
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    ({"margin": 0}, "margin must be a positive share"), ({"margin": math.inf}, "margin must be"),
+    ({"margin": 0}, "margin must be a share of .* for example 0.02 for 2%, not 0"), ({"margin": 2}, "margin must be"),
     ({"confidence": 0.5}, "between 0.5 and 1"), ({"confidence": 95}, "between 0.5 and 1"),
 ])  # fmt: skip
 def test_levels_that_say_nothing_are_refused(tmp_path, options, words):
@@ -334,8 +341,13 @@ def test_twins_that_no_longer_fit_are_left_out_and_named(tmp_path):
     make_run(tmp_path / "bf16/seeds/0001", seed=1, **twin, train={"lr": 0.5})
     make_run(tmp_path / "bf16/seeds/0002", seed=2, **twin, twin_of_start="earlier")
     make_run(tmp_path / "bf16/seeds/0003", seed=3, **twin, status="running", log_steps=4)
+    (make_run(tmp_path / "bf16/seeds/0004", seed=4, **twin) / "run.json").write_text("{")
+    (make_run(tmp_path / "bf16/seeds/0005", seed=5, **twin) / "train.parquet").unlink()
     found = against(tmp_path)
-    assert found.seeds == (0,) and found.notes == (
+    *notes, damaged, killed = found.notes
+    assert "seeds/0004 left out: " in damaged and "run.json is not JSON" in damaged
+    assert killed == "bf16: seeds/0005 left out: killed before its first step"
+    assert found.seeds == (0,) and tuple(notes) == (
         "bf16: seeds/0001 left out: its lr was 0.5, the run's is 0.001",
         "bf16: seeds/0002 left out: the run was made anew since",
         "bf16: seeds/0003 left out: not finished: 4 of 40 steps",
@@ -353,6 +365,58 @@ def test_a_directory_without_a_run_is_named(tmp_path):
     (tmp_path / "bf16/train.parquet").write_bytes(b"no")
     with pytest.raises(RunDirectoryError, match=r"train.parquet cannot be read"):
         ps.compare([tmp_path / "bf16"])
+    pd.DataFrame({"step": [0], "loss": [1.0]}).to_parquet(tmp_path / "bf16/train.parquet")
+    with pytest.raises(RunDirectoryError, match=r"not the log of a training run \(no column 'time_ms'\)"):
+        ps.compare([tmp_path / "bf16"])
+
+
+@pytest.mark.parametrize("text", ["[]", '{"result": null}'])
+def test_a_run_json_of_another_kind_is_told(tmp_path, text):
+    (make_run(tmp_path / "fp32") / "run.json").write_text(text)
+    with pytest.raises(RunDirectoryError, match="run.json does not describe a run: train again"):
+        ps.compare([tmp_path / "fp32"])
+
+
+def test_a_run_is_compared_once(tmp_path):
+    run = make_run(tmp_path / "fp32")
+    with pytest.raises(UsageError, match="fp32 is given twice: name each run once"):
+        ps.compare([run, make_run(tmp_path / "bf16"), tmp_path / "bf16" / ".." / "fp32"])
+
+
+def test_the_baseline(tmp_path, monkeypatch):
+    """The one that is named, by whatever path; else the first that computes and stores in fp32."""
+    low = make_run(tmp_path / "fp32-low", train={"params": "bf16"})
+    runs = [low, make_run(tmp_path / "bf16"), make_run(tmp_path / "fp32", train={"params": "fp32"})]
+    assert ps.compare(runs).baseline == str(runs[2]) and ps.compare(runs[:2]).baseline == str(low)
+    monkeypatch.chdir(tmp_path)
+    assert ps.compare(runs, baseline="bf16").baseline == str(runs[1])
+    with pytest.raises(UsageError, match="baseline fp16 is not among the runs"):
+        ps.compare(runs, baseline="fp16")
+
+
+def test_a_run_of_other_steps_has_no_paired_curve(tmp_path):
+    """A log that begins where the other ends: the held-out losses are compared, and no mean is taken of nothing."""
+    make_run(tmp_path / "fp32")
+    later = make_run(tmp_path / "bf16", loss=1.001)
+    log = pd.read_parquet(later / "train.parquet")
+    log.assign(step=log.step + 1000).to_parquet(later / "train.parquet")
+    found = against(tmp_path)
+    assert found.curve is None and found.loss.share == pytest.approx(0.001)
+
+
+def test_what_is_to_be_known_of_a_run_stands_below_the_table(tmp_path):
+    """As the trainer writes it into run.json."""
+    make_run(tmp_path / "fp32")
+    make_run(tmp_path / "fp16", note="fp16 products computed through fp32")
+    made = ps.compare([tmp_path / "fp32", tmp_path / "fp16"])
+    assert "fp16: fp16 products computed through fp32" in str(made).splitlines()
+
+
+def test_a_file_that_cannot_be_written_is_told(tmp_path):
+    made = ps.compare([make_run(tmp_path / "fp32")])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirectoryError, match=r"cannot write .*c.json .* choose another directory"):
+        made.save(tmp_path / "file" / "c.json")
 
 
 # --- curves -----------------------------------------------------------------------------------------------------

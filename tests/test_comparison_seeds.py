@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pandas as pd
@@ -55,6 +56,15 @@ def fails_late(seed=0):  # under seed 2 the loss is NaN from step 6 on
 """
 
 COMMON = {"steps": 12, "lr": 1e-2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collection():
+    """The trainer collects garbage before it measures memory; what was made before need not be looked at each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -113,6 +123,35 @@ def test_guard_and_compilation_go_to_the_twins(folder):
     assert "guard" not in twin and twin["precision"] == "fp32" and twin["steps"] == 12
     update_json(folder / "bf16/run.json", {"guard": None, "compile": False})
     assert not {"guard", "compile"} & set(arguments(read_run(folder / "bf16"), None))
+
+
+def test_seeds_of_a_guarded_run(folder):
+    """They begin with the plan that the run began with; where the guard's settings are not known, that is told."""
+    plan = ps.PrecisionPlan(modules={"a": "bf16"})
+    for out in ("fp32", "plan"):
+        train(out, **({"precision": None, "plan": plan} if out == "plan" else {}))
+    plan.save(folder / "plan/plan-start.json")
+    ps.PrecisionPlan(modules={"a": "fp32"}).save(folder / "plan/plan.json")  # as a guard amends it
+    ps.compare(["fp32", "plan"], seeds=2)
+    assert ps.PrecisionPlan.load("plan/seeds/0001/plan.json")["a"].compute == "bf16"
+    assert ps.compare(["fp32", "plan"]).pairs[0].seeds == (0, 1)  # the same plan, although plan.json differs
+    (folder / "plan/events.jsonl").write_text("")
+    content = json.loads((folder / "plan/run.json").read_text())
+    content.pop("guard", None)
+    (folder / "plan/run.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=r"ran under a guard.*with --guard and --seed 1 --out plan/seeds/0001"):
+        ps.compare(["fp32", "plan"], seeds=3)
+    assert not (folder / "fp32/seeds/0002").exists()
+
+
+def test_a_seed_that_someone_else_trained_is_not_overwritten(folder):
+    train("fp32")
+    train("bf16")
+    train("bf16/seeds/0001", precision="bf16", seed=1, lr=5e-2)
+    before = started(folder / "bf16/seeds/0001")
+    with pytest.raises(UsageError, match=r"bf16/seeds/0001 holds another run \(its lr was 0.05, .*: move it away"):
+        ps.compare(["fp32", "bf16"], seeds=2)
+    assert started(folder / "bf16/seeds/0001") == before and not (folder / "fp32/seeds").exists()
 
 
 def test_a_killed_seed_goes_on_and_a_changed_configuration_starts_anew(folder):
@@ -211,6 +250,16 @@ def test_verify_trains_the_fp32_twin_once(folder):
     assert said == ["bf16-fp32: its steps was 12, the run's is 14: training anew"]
 
 
+def test_the_fp32_twin_stores_in_fp32_too(folder):
+    train("fp32-low", params="bf16", updates="stochastic")
+    found = ps.verify("fp32-low")
+    assert found.baseline == "fp32-low-fp32" and found.pairs[0].loss.mean != 0
+    assert "settings differ too: params bf16 against None, updates stochastic against None" in found.pairs[0].notes
+    twin = read_run(folder / "fp32-low-fp32")
+    assert twin.is_fp32 and not read_run(folder / "fp32-low").is_fp32
+    assert tuple(twin.log.loss) == train("fp32").losses
+
+
 def test_verify_keeps_its_hands_off_other_runs(folder):
     train("fp32")
     with pytest.raises(UsageError, match="its twin would be itself"):
@@ -220,6 +269,12 @@ def test_verify_keeps_its_hands_off_other_runs(folder):
     with pytest.raises(UsageError, match=r"fp32 holds another run \(its seed was 0, the run's is 1\).*--verify-out"):
         ps.verify("bf16", out="fp32")
     assert started(folder / "fp32") == before
+    ps.verify("bf16")
+    train("plan", precision="bf16", steps=14)
+    before = started(folder / "bf16-fp32")
+    with pytest.raises(UsageError, match=r"bf16-fp32 holds another run \(its steps was 12, the run's is 14\)|its seed"):
+        ps.verify("plan", out="bf16-fp32")  # the twin of another run
+    assert started(folder / "bf16-fp32") == before
 
 
 def test_verify_fails_where_the_loss_does_not_hold(folder):

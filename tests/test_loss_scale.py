@@ -12,9 +12,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from precscope.advice.loss_scale import ScaleInterval, best_common_scale, in_words, interval, largest_scale, site_bounds
+from precscope.advice.loss_scale import (
+    ScaleInterval,
+    best_common_scale,
+    in_words,
+    interval,
+    largest_scale,
+    own_bounds,
+    site_bounds,
+)  # fmt: skip
 from precscope.formats import get_format
 from precscope.kernels import summarize
+from precscope.profiles import Profile
 from precscope.sites import Role, Site
 from precscope.stats import StatsTable
 
@@ -51,6 +60,18 @@ def test_bounds_hold_when_gradients_are_really_scaled_to_fp16(scale):
 def test_zero_gradients_bind_nothing():
     lo, hi = site_bounds(StatsTable.empty(1))
     assert interval([Site("a", Role.GRAD_OUTPUT)], lo, hi).lo_site is None
+
+
+@pytest.mark.parametrize(("world", "low", "high"), [(1, 0, 0), (4, 2, 2), (3, 1, 2)])
+def test_each_of_several_processes_has_larger_gradients_than_the_mean_loss(world, low, high):
+    profile = Profile(Path("runs/a"), {"merged_over": world}, [], StatsTable.empty(0), {})
+    table = StatsTable.concat([summarize(torch.full((8,), 100.0)).table(), StatsTable.empty(1)])
+    lo, hi = site_bounds(table, headroom=0)
+    own_lo, own_hi = own_bounds(profile, lo, hi)
+    assert (own_lo[0], own_hi[0]) == (lo[0] - low, hi[0] - high)
+    assert (own_lo[1], own_hi[1]) == (lo[1], hi[1])
+    per_process = world * 100.0 * 2.0 ** int(own_hi[0])
+    assert not FP16.overflows(per_process) and FP16.overflows(4 * per_process)
 
 
 def test_interval_names_the_binding_sites():

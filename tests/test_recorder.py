@@ -689,7 +689,7 @@ def test_a_late_rank_does_not_take_the_run_for_an_old_one(tmp_path, monkeypatch)
     for rank in (0, 1):
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
         model = build("mlp")
-        with record(model, tmp_path / "run", every=1) as rec:
+        with record(model, tmp_path / "run", every=1, merge=False) as rec:
             models.loss_of(model, models.batch(rank)).backward()
             rec.step()
     assert merged(Profile.load(tmp_path / "run"), "fc1", Role.OUTPUT).count == 2 * 6 * 16

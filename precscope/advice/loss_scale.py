@@ -7,6 +7,9 @@ so the interval of the model is [max lo, min hi]; where it is empty, no single s
 
 Which gradients are computed in fp16: under policy "autocast" those of a matrix product (its output, its input and its
 weight) and, to be safe, those of every output; under "cast" all of a module in fp16.
+
+Of a run on W processes the recorded gradients are those of the loss's mean over them. What each process computes, in
+fp16, are gradients of its own loss, W times larger: the scales that fit are lower by log2 W, for as many processes.
 """
 
 from __future__ import annotations
@@ -130,7 +133,7 @@ def judge_gradients(
     if not sites:
         return []
     flops = {u.name: u.flops for u in units}
-    lo, hi = site_bounds(table, "fp16", headroom=headroom, tolerance=tolerance)
+    lo, hi = own_bounds(profile, *site_bounds(table, "fp16", headroom=headroom, tolerance=tolerance))
     k = best_common_scale(lo, hi, np.asarray([1.0 + flops[s.module] for s in sites]))
     found = []
     for i in np.flatnonzero((lo > k) | (hi < k)):
@@ -157,7 +160,16 @@ def common_interval(
     sites, table = _gradients(profile, units, policy)
     if not sites:
         return None
-    return interval(sites, *site_bounds(table, "fp16", headroom=headroom, tolerance=tolerance))
+    return interval(sites, *own_bounds(profile, *site_bounds(table, "fp16", headroom=headroom, tolerance=tolerance)))
+
+
+def own_bounds(profile: Profile, lo: np.ndarray, hi: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of recorded gradients as bounds of those that one of the run's processes computed: lower by log2 W,
+    rounded to the safe side. Rows that tolerate everything still do."""
+    world = int(profile.run.get("merged_over", 1))
+    up, down = (world - 1).bit_length(), world.bit_length() - 1
+    live = hi < _NEVER
+    return np.where(live, lo - down, lo), np.where(live, hi - up, hi)
 
 
 def _gradients(profile: Profile, units: Sequence[Unit], policy: str) -> tuple[list[Site], StatsTable]:

@@ -22,6 +22,7 @@ from .reasons import Choice, reasons_for
 from .solve import Problem, Solution, solve
 from .storage import optimizer_advice, storage_reasons, stored_modules
 from .units import ModelGraph, Unit
+from .updates import advised_updates, check_updates, kept_by
 
 _COMPUTE = ("fp32", "tf32", "bf16", "fp16", "e4m3", "e5m2")
 
@@ -34,6 +35,7 @@ def recommend(
     limits: Limits | None = None,
     costs: str = "auto",
     measured: Measured | None = None,
+    updates: str | None = None,
 ) -> PrecisionPlan:
     """Recommend a format per module from a recorded run alone. See `precscope.recommend`, which also confirms.
 
@@ -41,7 +43,7 @@ def recommend(
     weights, PyTorch's op lists decide inside) or "cast" (everything in the module runs in the format). limits:
     tolerances of the range rules. costs: "auto" takes what was measured on the recording device; "model" a FLOP/byte
     model of a device where each halving of the width doubles the speed, fp8 included, for a plan to use elsewhere.
-    measured: what trying formats on the model itself has shown.
+    measured: what trying formats on the model itself has shown. updates: how the optimizer will write parameters.
 
     The plan minimises predicted time per step: measured per module and format where the run has cost.parquet, else a
     FLOP and byte model, plus casts where neighbours differ. It is made from ranges and costs alone and says
@@ -50,6 +52,7 @@ def recommend(
     profile = profile if isinstance(profile, Profile) else Profile.load(profile)
     limits = limits or Limits()
     names = _check(formats, policy)
+    check_updates(updates)
     graph = ModelGraph.of(profile)
     verdicts = judge(profile, graph, names, limits=limits, policy=policy, measured=measured)
     if costs not in ("auto", "model"):
@@ -61,15 +64,19 @@ def recommend(
     priced = Noise({k: v for k, v in noise.variance.items() if k[1] not in tried}, noise.budget, noise.spread)
     solution, main = _solve(graph, names, verdicts, table, priced)
     choice = Choice(names, main, _thresholds(graph, main, verdicts, table), verdicts, table, graph, priced)
-    storage, optimizer = _storage(profile, graph, solution, main, limits) if policy == "cast" else ({}, {})
-    modules = {u.name: _layer(u, solution, choice, policy, storage.get(u.name, [])) for u in graph.units}
+    low_params = policy == "cast" or updates is not None
+    storage, kept, optimizer = _storage(profile, solution, main, limits, updates) if low_params else ({}, {}, {})
+    modules = {
+        u.name: _layer(u, solution, choice, policy, storage.get(u.name, []), kept.get(u.name, []), low_params)
+        for u in graph.units
+    }
     modules |= {
         name: LayerPrecision("fp32", policy=policy, params="fp32", reasons=tuple(reasons))
         for name, reasons in storage.items()
         if name not in modules  # it never ran in the recorded steps: an EMA copy, say
     }
     return PrecisionPlan(
-        default=_default(modules, policy),
+        default=_default(modules, policy, low_params),
         modules=modules,
         loss_scale=_loss_scale(profile, graph, solution, limits, policy),
         optimizer=optimizer,
@@ -78,12 +85,21 @@ def recommend(
 
 
 def _storage(
-    profile: Profile, graph: ModelGraph, solution: Solution, main: str, limits: Limits
-) -> tuple[dict[str, list[Reason]], dict[str, Any]]:
-    """What must be stored in fp32 and why, and advice for the optimizer, under policy "cast"."""
+    profile: Profile, solution: Solution, main: str, limits: Limits, updates: str | None
+) -> tuple[dict[str, list[Reason]], dict[str, list[Reason]], dict[str, Any]]:
+    """What must be stored in fp32 and why, what the optimizer lets be stored low, and advice for the optimizer."""
     formats = dict.fromkeys(stored_modules(profile), main) | dict(solution.choice)
-    reasons = storage_reasons(profile, formats, swallowed=limits.swallowed, flushed_state=limits.flushed_state)
-    return reasons, optimizer_advice(profile, formats, reasons)
+    tolerated: dict[str, Any] = {"swallowed": limits.swallowed, "flushed_state": limits.flushed_state}
+    plain = storage_reasons(profile, formats, **tolerated)
+    if updates is None:
+        return plain, {}, optimizer_advice(profile, formats, plain)
+    if updates == "auto":
+        low = {unit: get_format(fmt) for unit, fmt in formats.items() if get_format(fmt).bits == 16}
+        updates = advised_updates(profile, low, plain)
+    reasons = storage_reasons(profile, formats, updates=updates, **tolerated)
+    kept = {unit: kept_by(updates, found) for unit, found in plain.items() if unit not in reasons}
+    advice = optimizer_advice(profile, formats, reasons, updates=updates, flushed_state=limits.flushed_state)
+    return reasons, kept, advice
 
 
 def _check(formats: Sequence[str], policy: str) -> tuple[str, ...]:
@@ -163,7 +179,13 @@ def _thresholds(graph: ModelGraph, main: str, verdicts: Verdicts, costs: CostTab
 
 
 def _layer(
-    unit: Unit, solution: Solution, choice: Choice, policy: str, against_storage: list[Reason]
+    unit: Unit,
+    solution: Solution,
+    choice: Choice,
+    policy: str,
+    against_storage: list[Reason],
+    for_storage: list[Reason],
+    low_params: bool,
 ) -> LayerPrecision:
     name, costs = unit.name, choice.costs
     compute = solution.choice[name]
@@ -174,7 +196,7 @@ def _layer(
     }
     if choice.noise.known:
         evidence["loss_noise"] = {f: choice.noise.of(name, f) ** 0.5 for f in choice.formats}
-    reasons = [*reasons_for(name, compute, choice), *against_storage]
+    reasons = [*reasons_for(name, compute, choice), *against_storage, *for_storage]
     if against_storage and compute != "fp32" and "fp32" in choice.formats:
         gain = costs.time_ms[name, "fp32"] - costs.time_ms[name, compute] - costs.cast(unit.own_params)
         if gain < LEAST_GAIN_MS:
@@ -184,19 +206,19 @@ def _layer(
     return LayerPrecision(
         compute=compute,
         policy=policy,
-        params=compute if policy == "cast" and compute in STORED and not against_storage else "fp32",
+        params=compute if low_params and compute in STORED and not against_storage else "fp32",
         reasons=tuple(reasons),
         evidence=evidence,
     )
 
 
-def _default(modules: dict[str, LayerPrecision], policy: str) -> LayerPrecision:
+def _default(modules: dict[str, LayerPrecision], policy: str, low_params: bool) -> LayerPrecision:
     """For modules that never ran, and for the loss: what the root got, whose own code is no safer than theirs; where it
     did not run, what most modules got."""
     if "" in modules:
         return LayerPrecision(modules[""].compute, policy=policy, params=modules[""].params)
     compute = Counter(p.compute for p in modules.values()).most_common(1)[0][0]
-    params = compute if policy == "cast" and compute in STORED else "fp32"
+    params = compute if low_params and compute in STORED else "fp32"
     return LayerPrecision(compute, policy=policy, params=params)
 
 

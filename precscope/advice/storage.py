@@ -27,6 +27,7 @@ from ..profiles import Profile
 from ..sites import Role, Site
 from .evidence import Evidence, Finding
 from .optimizer_state import decay_of, judge_state, optimizer_settings
+from .updates import KEEPING, advised_state, advised_updates, sentence
 
 _STUCK_SHARE = 0.25  # of the elements of an untrained tensor
 _STUCK_ULPS = 8.0  # twice what a momentum of 0.1 leaves at worst, on average over a binade
@@ -35,11 +36,12 @@ _DECAYED = 0.05  # of the weights, over the recorded steps: less is no harm yet
 _MOSTLY = 0.5  # of a tensor's update energy: what loses less still trains
 _STEPS_AHEAD = 1000  # that a counter or a running average should go on for
 _DECAY_AHEAD = 200  # that weight decay should work for
+_TOLD = ("accumulation", "frozen", "eps")  # codes of reasons that are warnings for the optimizer, too
 _FIX = "fp32 master weights or stochastic rounding"
 
 
 def storage_reasons(
-    profile: Profile, compute: Mapping[str, str], *, swallowed: float, flushed_state: float
+    profile: Profile, compute: Mapping[str, str], *, swallowed: float, flushed_state: float, updates: str | None = None
 ) -> dict[str, list[Reason]]:
     """Units whose tensors must stay fp32, and why: unit -> reasons, one of each code. No torch is needed.
 
@@ -47,6 +49,7 @@ def storage_reasons(
     `stored_modules` there, also those that never ran, such as an EMA copy. swallowed: share of the
     model's progress that storage may lose, to first order (of each tensor's updates, where the run was recorded
     without energies). flushed_state: share of the non-zero elements of an optimizer state that may be flushed to zero.
+    updates: how the optimizer writes parameters (see updates.py); None: rounded to nearest, with state in their format.
 
     Codes: "swallowed", "decay", "accumulation", "frozen" (a counter that stops; a second moment that cannot decay),
     "eps", "state". Units without recorded updates are not judged.
@@ -54,7 +57,7 @@ def storage_reasons(
     low = {unit: get_format(fmt) for unit, fmt in compute.items() if get_format(fmt).bits == 16}
     evidence = Evidence(profile)
     worst: dict[tuple[str, str], Finding] = {}
-    for finding in _judge(evidence, low, swallowed, flushed_state):
+    for finding in _judge(evidence, low, swallowed, flushed_state, updates):
         key = finding.unit, finding.reason.code
         if key not in worst or worst[key].badness < finding.badness:
             worst[key] = finding
@@ -70,33 +73,50 @@ def stored_modules(profile: Profile) -> list[str]:
 
 
 def optimizer_advice(
-    profile: Profile, compute: Mapping[str, str], reasons: Mapping[str, list[Reason]] | None = None
+    profile: Profile,
+    compute: Mapping[str, str],
+    reasons: Mapping[str, list[Reason]] | None = None,
+    *,
+    updates: str | None = None,
+    flushed_state: float = 0.01,
 ) -> dict[str, Any]:
     """For PrecisionPlan.optimizer: {"groups": [{"class", "parameters", "state", "eps"}], "warnings": [sentences]}.
 
     compute: unit -> format its parameters would be stored in, before `reasons` (of `storage_reasons`) keep some fp32.
     A group's "state" is "fp32" where one of its parameters needs that, else the widest format of its parameters; "eps"
     is what the optimizer should use where its own is lost in that format. {} where all is stored in fp32.
+
+    updates: how the optimizer writes parameters; then "updates" and "state" are there for the trainer to follow, state
+    "bf16" where the run allows it (flushed_state: as for `storage_reasons`). None: where that would let more parameters
+    be low, "advised_updates" names one, and a warning says so.
     """
     low = {unit: get_format(fmt) for unit, fmt in compute.items() if get_format(fmt).bits == 16}
     if not low:
         return {}
     evidence = Evidence(profile)
     groups, warnings = optimizer_settings(evidence, low, reasons or {})
-    for unit, found in (reasons or {}).items():
-        warnings += [f"{unit or '(root)'}: {r.text}" for r in found if r.code in ("accumulation", "frozen", "eps")]
-    return {"groups": groups, "warnings": list(dict.fromkeys(warnings))}
+    told = [f"{u or '(root)'}: {r.text}" for u, found in (reasons or {}).items() for r in found if r.code in _TOLD]
+    if updates is not None:
+        state = advised_state(profile, low, flushed_state)
+        groups = [{**{k: v for k, v in group.items() if k != "eps"}, "state": state} for group in groups]
+        return {"updates": updates, "state": state, "groups": groups, "warnings": list(dict.fromkeys(told))}
+    advised = advised_updates(profile, low, reasons or {})
+    hint = sentence(advised, reasons or {}, low)
+    advice = {"groups": groups, "warnings": list(dict.fromkeys([*warnings, *told, *([hint] if hint else [])]))}
+    return {**advice, "advised_updates": advised} if hint else advice
 
 
 def _judge(
-    evidence: Evidence, low: Mapping[str, FloatFormat], swallowed: float, flushed_state: float
+    evidence: Evidence, low: Mapping[str, FloatFormat], swallowed: float, flushed_state: float, updates: str | None
 ) -> Iterator[Finding]:
+    keeps = updates in KEEPING
     for site in evidence.updated():
         fmt = low.get(site.module)
         if fmt is None:
             continue
         if evidence.is_trained(site) or not evidence.knows_swallowed:
-            yield from _decay(evidence, site, fmt)
+            if not keeps:
+                yield from _decay(evidence, site, fmt)
             yield from _accumulation(evidence, site, fmt)
         else:
             yield from _left_behind(evidence, site, fmt)
@@ -104,8 +124,10 @@ def _judge(
     for site in evidence.summed():  # without an optimizer there are no updates, yet .grad is summed
         if site.module in low and evidence.row(site, Role.UPDATE) is None:
             yield from _accumulation(evidence, site._replace(role=Role.UPDATE), low[site.module])
-    yield from _swallowed(evidence, low, swallowed)
-    yield from judge_state(evidence, low, flushed_state)
+    if not keeps:
+        yield from _swallowed(evidence, low, swallowed)
+    if updates is None:
+        yield from judge_state(evidence, low, flushed_state)
 
 
 def _swallowed(evidence: Evidence, low: Mapping[str, FloatFormat], limit: float) -> Iterator[Finding]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ from torch import nn
 from .. import attribution
 from ..errors import ModelError, PlanError
 from ..plans import PrecisionPlan
+from ..preservation import backward_outside_autocast
 from .dtypes import dtype_of
 from .forward import install
 from .layout import Layout, RegionRun
 from .spec import MARK, Now
-from .storage import convert, restore, storage_changes
+from .storage import convert, load_unrounded, restore, settle, storage_changes, unrounded
 
 
 class PlanHandle:
@@ -28,11 +30,30 @@ class PlanHandle:
         """Restore the model exactly; parameters that training changed in low storage are cast up. Again: nothing."""
         remove(self.model)
 
+    def settle(self) -> None:
+        """From now on the stored values of trainable parameters are the model: their unrounded originals are let go,
+        and `remove` casts up what is there. For training, whose outcome must not depend on values it never saw."""
+        settle(self.model)
+
+    def unrounded(self) -> dict[str, torch.Tensor]:
+        """Name -> values as before the plan, of the parameters and buffers that are stored lower and not settled."""
+        return unrounded(self.model)
+
+    def load_unrounded(self, values: dict[str, torch.Tensor]) -> None:
+        """Put such values back, as far as they are kept here, too."""
+        load_unrounded(self.model, values)
+
     def autocast(self, device_type: str = "cpu") -> AbstractContextManager[Any]:
         """For code outside the model, mostly the loss: torch.autocast where the plan's default computes in 16 bits or
-        less, so that losses see the same as under plain autocast; else a context that does nothing."""
+        less, so that losses see the same as under plain autocast; else a context that does nothing.
+
+        Where a compiled model is called inside, the backward pass of its fp32 modules is fp32 as in eager mode, which
+        it is not under torch.autocast itself (see backward_outside_autocast). Call backward() after the block."""
         dtype = dtype_of(self.plan.default)
-        return nullcontext() if dtype is torch.float32 else torch.autocast(device_type, dtype=dtype)
+        if dtype is torch.float32:
+            return nullcontext()
+        autocast = torch.autocast(device_type, dtype=dtype)
+        return autocast if torch.compiler.is_compiling() else _with_fp32_islands(autocast)
 
     def describe(self) -> str:
         """What runs natively and what is emulated, a line per region; then where storage differs from the plan."""
@@ -45,6 +66,12 @@ class PlanHandle:
 
     def __exit__(self, *exc: object) -> None:
         self.remove()
+
+
+@contextmanager
+def _with_fp32_islands(autocast: torch.autocast) -> Iterator[None]:
+    with backward_outside_autocast(), autocast:
+        yield
 
 
 def apply(plan: PrecisionPlan, model: nn.Module) -> PlanHandle:

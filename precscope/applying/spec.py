@@ -43,7 +43,7 @@ class Spec:
     target: torch.dtype
     swap: tuple[nn.Module, ...] = ()
     previous: Callable[..., Any] | None = None
-    stored: dict[tuple[str, str], Tensor] = dataclasses.field(default_factory=dict)
+    stored: dict[tuple[str, str], Tensor | torch.dtype] = dataclasses.field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Spec:
         return Spec(**{f.name: copy.deepcopy(getattr(self, f.name), memo) for f in dataclasses.fields(self)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -57,9 +58,13 @@ def convert(owners: list[tuple[nn.Module, str, str]], dtype: torch.dtype) -> Non
         getattr(module, MARK).stored[table, name] = original
 
 
-def restore(tensor: Tensor | None, original: Tensor) -> None:
-    """Undo `convert`: elements that still are the rounding of the original become the original, others are cast."""
-    if tensor is None or tensor.dtype is original.dtype:
+def restore(tensor: Tensor | None, original: Tensor | torch.dtype) -> None:
+    """Undo `convert`: elements that still are the rounding of the original become the original, others are cast. Where
+    the original was let go, and its dtype alone is known, all are cast."""
+    if tensor is None or tensor.dtype is (original if isinstance(original, torch.dtype) else original.dtype):
+        return
+    if isinstance(original, torch.dtype):
+        _set_data(tensor, tensor.data.to(original))
         return
     now = tensor.data
     if now.shape == original.shape:
@@ -69,6 +74,40 @@ def restore(tensor: Tensor | None, original: Tensor) -> None:
             original.copy_(torch.where(changed, now.to(original.dtype), original))
         now = original
     _set_data(tensor, now.to(original.dtype))
+
+
+def settle(root: nn.Module) -> None:
+    """Let the unrounded values of trainable parameters go; their dtypes stay known."""
+    for module, stored in _stored(root):
+        for (table, name), original in stored.items():
+            tensor = getattr(module, table).get(name)
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad and isinstance(original, Tensor):
+                stored[table, name] = original.dtype
+
+
+def unrounded(root: nn.Module) -> dict[str, Tensor]:
+    """The unrounded values that are kept aside: name of the tensor -> values."""
+    prefixes = {module: f"{name}." if name else "" for name, module in root.named_modules()}
+    return {
+        prefixes[module] + name: original
+        for module, stored in _stored(root)
+        for (_, name), original in stored.items()
+        if isinstance(original, Tensor)
+    }
+
+
+def load_unrounded(root: nn.Module, values: dict[str, Tensor]) -> None:
+    """Inverse of `unrounded`, for those of `values` that are kept aside here, too."""
+    for name, original in unrounded(root).items():
+        if name in values and values[name].shape == original.shape:
+            original.copy_(values[name])
+
+
+def _stored(root: nn.Module) -> Iterator[tuple[nn.Module, dict[tuple[str, str], Tensor | torch.dtype]]]:
+    for module in root.modules():
+        spec = module.__dict__.get(MARK)
+        if spec is not None and spec.stored:
+            yield module, spec.stored
 
 
 def _set_data(tensor: Tensor, data: Tensor) -> None:

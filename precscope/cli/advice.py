@@ -33,6 +33,10 @@ def recommend(
     policy: Annotated[str, typer.Option(help="autocast (fp32 master weights) or cast (.half()-style)")] = "autocast",
     costs: Annotated[str, typer.Option(help="auto (as measured on this device) or model (FLOPs and bytes)")] = "auto",
     loss_scaling: Annotated[bool | None, typer.Option(help="whether fp16 gradients get a loss scale")] = None,
+    updates: Annotated[
+        str | None,
+        typer.Option(help="allow low storage, with updates written by master, kahan, stochastic or nearest; auto"),
+    ] = None,
     trial_steps: Annotated[int, typer.Option(help="training steps of the trial, fp32 beside the plan")] = 32,
     horizon: Annotated[int | None, typer.Option(help="steps ahead that growing ranges must get through")] = None,
     out: Annotated[Path, typer.Option(help="plan file to write")] = Path("plan.json"),
@@ -51,7 +55,7 @@ def recommend(
     with progress() as shown:
         plan = run_it(
             loaded, formats=formats.split(","), policy=policy, task=task, costs=costs, loss_scaling=loss_scaling,
-            trial_steps=trial_steps, limits=Limits(horizon=horizon), note=shown.note,
+            trial_steps=trial_steps, updates=updates, limits=Limits(horizon=horizon), note=shown.note,
         )  # fmt: skip
     plan.save(out)
     print(plan)

@@ -14,7 +14,8 @@ from .advice import forecast, recommend
 from .inference import export, infer
 from .machine import bench_app, demo, doctor
 from .reading import ask, compare, report
-from .running import profile, trace, train
+from .running import profile, trace
+from .training import train
 from .tuning import tune
 
 app = typer.Typer(

@@ -67,6 +67,6 @@ def write_csv(table: Any, path: Path) -> None:
     """Write a DataFrame whole or not at all."""
     from ..store import replacing
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(temporary, index=False)

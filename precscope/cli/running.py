@@ -1,4 +1,4 @@
-"""Commands that run a model: record it, train it, trace one of its steps."""
+"""Commands that run a model to look at it: record it, trace one of its steps."""
 
 from __future__ import annotations
 
@@ -61,77 +61,6 @@ def _shadow_every(text: str) -> int | str | None:
             f"--shadow-every takes a number of steps of at least 1, auto (the first, the middle and the last recorded "
             f"step) or none, not {text!r}"
         ) from None
-
-
-def train(
-    task: TaskArgument,
-    out: Annotated[Path, typer.Option(help="run directory to write")] = Path("runs/train"),
-    plan: Annotated[Path | None, typer.Option(help="plan.json to train with")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32 (default), tf32, bf16 or fp16, where no plan is")] = None,
-    steps: Annotated[int, typer.Option(help="optimizer steps")] = 500,
-    lr: Annotated[float | None, typer.Option(help="peak learning rate; default: the trainer's")] = None,
-    schedule: Annotated[str, typer.Option(help="cosine, linear, constant or none")] = "cosine",
-    accumulate: Annotated[int, typer.Option(help="micro-batches per optimizer step")] = 1,
-    grad_clip: Annotated[float, typer.Option(help="largest gradient norm; 0 for no clipping")] = 1.0,
-    eval_every: Annotated[int | None, typer.Option(help="steps between evaluations")] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="steps between checkpoints")] = None,
-    shadow_every: Annotated[
-        int | None, typer.Option(help="run every N-th step in fp32 too and record both: what precision does to it")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint in --out")] = False,
-    verify: Annotated[
-        bool,
-        typer.Option("--verify", help="then train the fp32 twin too; exit 1 where the loss is not within --margin"),
-    ] = False,
-    verify_out: Annotated[Path | None, typer.Option(help="directory of the fp32 twin; default: OUT-fp32")] = None,
-    margin: Annotated[float, typer.Option(help="of --verify, as a share of fp32's loss")] = 0.02,
-    seed: SeedOption = 0,
-    overwrite: OverwriteOption = False,
-) -> None:
-    """Train a task, in one precision or with a plan.
-
-    Example: precscope train gpt --plan plan.json --steps 200 --out runs/plan
-    """
-    from ..training import train as run
-
-    if verify and plan is None and precision in (None, "fp32", "float32"):
-        raise UsageError(
-            "--verify compares with fp32, and this run is in fp32: give --plan or --precision, or leave it out"
-        )
-    with progress() as shown:
-        result = run(
-            task, out=out, plan=plan, precision=precision, steps=steps, lr=lr, schedule=schedule,
-            accumulate=accumulate, grad_clip=grad_clip or None, eval_every=eval_every,
-            checkpoint_every=checkpoint_every, shadow_every=shadow_every, resume=resume, seed=seed,
-            exist="append" if resume else exist(overwrite), progress=shown.run(f"train {task}"),
-        )  # fmt: skip
-    from ..comparison import compare as table
-
-    print(table([out]))
-    for text in result.notes:
-        say(text)
-    if verify:
-        _verify(out, verify_out, margin)
-        return
-    twin = f"precscope train {task} --precision fp32 --steps {steps} --out runs/fp32"
-    planned = f"precscope train {task} --plan plan.json --steps {steps} --out runs/plan"
-    base = Path("runs/fp32")
-    if out == base:
-        wrote(out, next=planned)
-    else:
-        wrote(out, next=f"precscope compare {base} {out}" if base.is_dir() else twin)
-
-
-def _verify(out: Path, twin: Path | None, margin: float) -> None:
-    """Train the fp32 twin, print the comparison, and exit 1 where the loss does not hold."""
-    from ..comparison import verify
-
-    with progress() as shown:
-        compared = verify(out, out=twin, margin=margin, progress=shown.run, note=shown.note)
-    print(compared)
-    wrote(out, Path(compared.baseline), next=f"precscope compare {compared.baseline} {out} --seeds 5")
-    if not compared.passed:
-        raise typer.Exit(1)
 
 
 def trace(

@@ -38,14 +38,18 @@ def compare(
     it has moved. margin: largest difference that does not matter, as a share of the baseline's loss. confidence: of
     intervals and tests. progress: name of a run -> the trainer's progress callback; note: told of each seed.
 
-    Raises UsageError where no run is given, where a run's task cannot be made again (seeds), or for a margin that says
-    nothing; RunDirectoryError where a directory holds no training run.
+    Raises UsageError where no run is given or one twice, where a run's task cannot be made again (seeds), or for a
+    margin that says nothing; RunDirectoryError where a directory holds no training run.
     """
     if isinstance(runs, str | Path):
         runs = [runs]
     if not runs:
         raise UsageError("compare needs at least one run directory, for example runs/fp32 runs/plan")
     check_levels(margin, confidence)
+    places = [Path(r).resolve() for r in runs]
+    twice = [str(r) for r, place in zip(runs, places, strict=True) if places.count(place) > 1]
+    if twice:
+        raise UsageError(f"{twice[0]} is given twice: name each run once")
     read = [read_run(Path(r)) for r in runs]
     base = _baseline(read, baseline, runs)
     if seeds is not None:
@@ -74,8 +78,8 @@ def _names(runs: list[Run]) -> list[str]:
 
 def _baseline(read: list[Run], baseline: str | Path | None, runs: Sequence[str | Path]) -> Run:
     if baseline is None:
-        return next((run for run in read if run.precision == "fp32"), read[0])
-    chosen = [run for run in read if run.path == Path(baseline)]
+        return next((run for run in read if run.is_fp32), read[0])
+    chosen = [run for run in read if run.path.resolve() == Path(baseline).resolve()]
     if not chosen:
         raise UsageError(f"baseline {baseline} is not among the runs {', '.join(map(str, runs))}")
     return chosen[0]

@@ -101,6 +101,8 @@ def moving_average(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def end_of(losses: np.ndarray) -> np.ndarray:
-    """Mean over the last tenth of the steps (at least ten of them) for each row of [rows, T]."""
+    """Mean over the last tenth of the steps (at least ten of them) for each row of [rows, T]; NaN where T is 0."""
+    if not losses.shape[1]:
+        return np.full(len(losses), np.nan)
     count = max(losses.shape[1] // _SHARE, min(_LEAST, losses.shape[1]))
     return losses[:, -count:].mean(1)

@@ -28,7 +28,8 @@ class Difference:
 
     mean: of run - baseline. baseline: mean of the baseline's loss. sizes: runs on each side (equal where paired). se:
     standard error of `mean`, and df its degrees of freedom; NaN and 0 where a side has one run. margin: as a share of
-    |baseline|. confidence: see the module.
+    |baseline|, which is taken as known: its own scatter over seeds moves the margin, and is not in the interval.
+    confidence: see the module.
     """
 
     mean: float
@@ -153,7 +154,9 @@ def ratio(values: Sequence[float], *, confidence: float) -> Ratio:
 
 def check_levels(margin: float, confidence: float) -> None:
     """Raises UsageError for a margin or a confidence that says nothing."""
-    if not (isinstance(margin, int | float) and 0 < margin < math.inf):
-        raise UsageError(f"margin must be a positive share of the baseline's loss, for example 0.02, not {margin!r}")
+    if not (isinstance(margin, int | float) and 0 < margin < 1):
+        raise UsageError(
+            f"margin must be a share of the baseline's loss between 0 and 1, for example 0.02 for 2%, not {margin!r}"
+        )
     if not (isinstance(confidence, int | float) and 0.5 < confidence < 1):
         raise UsageError(f"confidence must lie between 0.5 and 1, for example 0.95, not {confidence!r}")

@@ -87,8 +87,8 @@ class Comparison:
         from ..store import replacing
 
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
+            temporary.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(self.to_json() + "\n", encoding="utf-8")
         return path
 
@@ -152,7 +152,7 @@ def make_row(run: Run, base: Run, *, seeds: int = 1) -> RunRow:
         nonfinite_steps=int(log.nonfinite.sum()) if len(log) else 0,
         low_precision_flops=_low_share(run),
         status=str(run.about.get("status", "?")),
-        note="; ".join(run.about.get("notes", [])),
+        note=str(run.about.get("note") or ""),
         seeds=seeds,
     )
 

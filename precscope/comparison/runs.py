@@ -26,6 +26,10 @@ _HARMLESS = frozenset(
     {"seed", "keep", "keep_best", "save_model", "sync_every", "flush_seconds", "checkpoint_every", "eval_every"}
 )
 """Settings of the trainer that change none of its figures, the seed apart."""
+STORAGE = ("params", "updates", "state")
+"""Settings that say what is stored low: part of a run's precision, and not of its fp32 twin's."""
+_COLUMNS = ("step", "loss", "time_ms", "skipped", "nonfinite")
+"""Columns of train.parquet that a comparison reads."""
 _LAST = 10
 """Steps whose mean is a run's final training loss."""
 
@@ -46,6 +50,12 @@ class Run:
     @property
     def precision(self) -> str:
         return str(self.about.get("precision", "?"))
+
+    @property
+    def is_fp32(self) -> bool:
+        """Whether it computed in fp32 and stored nothing in less."""
+        stored = {self.settings.get("params"), self.settings.get("state")}
+        return self.precision == "fp32" and stored <= {None, "fp32"}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -140,13 +150,19 @@ class Run:
 
     @cached_property
     def plan(self) -> dict[str, Any] | None:
-        """Content of plan.json, None where the run had no plan."""
+        """Content of `plan_file`, None where the run had no plan or it cannot be read."""
         if self.precision != "plan":
             return None
         try:
-            return json.loads((self.path / "plan.json").read_text(encoding="utf-8"))
+            return json.loads(self.plan_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+
+    @property
+    def plan_file(self) -> Path:
+        """The plan that the run began with: a guard may have amended plan.json since."""
+        start = self.path / "plan-start.json"
+        return start if start.is_file() else self.path / "plan.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,12 +186,17 @@ def read_run(path: Path) -> Run:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RunDirectoryError(f"{file} is not JSON ({error}): train again") from error
+    if not isinstance(content, dict) or not isinstance(result := content.get("result", {}), dict):
+        raise RunDirectoryError(f"{file} does not describe a run: train again")
     try:
         rows = pd.read_parquet(log)
     except Exception as error:  # pyarrow raises many kinds for a damaged file
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise RunDirectoryError(f"{log} cannot be read ({lines[0]:.120}): train again") from error
-    return Run(path, {**content, **content.get("result", {})}, rows)
+    missing = [name for name in _COLUMNS if name not in rows]
+    if missing:
+        raise RunDirectoryError(f"{log} is not the log of a training run (no column {missing[0]!r}): train again")
+    return Run(path, {**content, **result}, rows)
 
 
 def read_group(path: str | Path) -> Group:
@@ -185,8 +206,10 @@ def read_group(path: str | Path) -> Group:
     for folder in twin_directories(run.path):
         try:
             twin = read_run(folder)
-        except RunDirectoryError:
-            continue  # killed before its first row
+        except RunDirectoryError as error:
+            started = (folder / "run.json").is_file() and not (folder / "train.parquet").exists()
+            notes.append(f"seeds/{folder.name} left out: {'killed before its first step' if started else error}")
+            continue
         reason = twin.unfinished or changed(run, twin)
         if reason:
             notes.append(f"seeds/{folder.name} left out: {reason}")
@@ -204,7 +227,7 @@ def twin_directories(path: Path) -> list[Path]:
 
 def changed(run: Run, twin: Run, *, precision: str | None = None) -> str:
     """What differs between a run and a twin that should be the same but for its seed ("its lr was 0.001, ..."), ""
-    where nothing does; with `precision`: the same but for its precision, which should be that one.
+    where nothing does; with `precision` ("fp32"): the same but for its precision, which should be that one.
 
     A twin of a run that was made anew since counts as changed: code or data may have been others.
     """
@@ -218,6 +241,10 @@ def changed(run: Run, twin: Run, *, precision: str | None = None) -> str:
         if key in twin.about and twin.about[key] != run.about.get(key):
             return f"its {key} was {twin.about[key]}, the run's is {run.about.get(key)}"
     names = different_settings(run, twin)
+    if precision is not None:
+        names = [n for n in names if n not in STORAGE]
+        if not twin.is_fp32:
+            return "it stored parameters or optimizer state in less than fp32"
     if names:
         return f"its {names[0]} was {twin.settings.get(names[0])}, the run's is {run.settings.get(names[0])}"
     if precision is None and twin.plan != run.plan:

@@ -2,18 +2,19 @@
 
 A twin is an ordinary run directory, trained from what the run's own directory tells: task, settings of the trainer,
 precision or plan, first loss scale, device. One that is there and finished is reused; one that was killed goes on from
-its last checkpoint, or starts again; one whose configuration is no longer the run's is trained anew. A twin that
-diverged is an outcome and stays.
+its last checkpoint, or starts again; one whose configuration is no longer the run's is trained anew, where it was
+trained here. A twin that diverged is an outcome and stays.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import RunDirectoryError, TaskError, TrainingError, UsageError
-from .runs import Run, changed, first_scale, read_run
+from .runs import STORAGE, Run, changed, first_scale, read_run
 
 Progress = Callable[[str], Any]
 Note = Callable[[str], None]
@@ -33,18 +34,24 @@ def train_seeds(
     """Train each run under the seeds base.seed, base.seed + 1, ... as far as they are missing; seed by seed, so that a
     machine that grows slower meanwhile does so for all runs alike.
 
-    Raises UsageError for a number below 2, and where a run's task or settings are not known; RunDirectoryError where a
-    directory cannot be written.
+    Raises UsageError for a number below 2, where a run's task or settings are not known, and where a directory holds
+    another run, made by hand; RunDirectoryError where a directory cannot be written.
     """
     if not isinstance(seeds, int) or isinstance(seeds, bool) or seeds < 2:
         raise UsageError(f"seeds must be an integer of at least 2 (the run's own counts as one), not {seeds!r}")
     for run in runs:
         check_can_be_made_again(run, task)
     assert base.seed is not None
-    for seed in range(base.seed, base.seed + seeds):
-        for run in runs:
-            if seed != run.seed:
-                train_twin(run, run.path / "seeds" / f"{seed:04d}", seed=seed, task=task, progress=progress, note=note)
+    wanted = [
+        (run, seed, run.path / "seeds" / f"{seed:04d}")
+        for seed in range(base.seed, base.seed + seeds)
+        for run in runs
+        if seed != run.seed
+    ]
+    for run, _, out in wanted:
+        check_may_be_replaced(run, out)
+    for run, seed, out in wanted:
+        train_twin(run, out, seed=seed, task=task, progress=progress, note=note)
 
 
 def train_twin(
@@ -86,6 +93,24 @@ def _begin(run: Run, out: Path) -> None:
     write_json(out / "run.json", {"schema": SCHEMA, **content})
 
 
+def check_may_be_replaced(run: Run, out: Path, *, precision: str | None = None) -> None:
+    """Raises UsageError where `out` holds a run that is not the twin wanted and was not made for `run`: it is kept."""
+    file = out / "run.json"
+    if not file.is_file():
+        return
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        made_for = content.get("twin_of") if isinstance(content, dict) else None
+        if made_for is not None and (precision is None or Path(made_for).name == run.path.name):
+            return
+        reason = changed(run, read_run(out), precision=precision)
+    except (ValueError, RunDirectoryError) as error:
+        reason = str(error)
+    if reason:
+        where = "give the fp32 twin a directory of its own with out= (--verify-out)" if precision else "move it away"
+        raise UsageError(f"{out} holds another run ({reason}): {where}")
+
+
 def _what_is_there(run: Run, out: Path, precision: str | None) -> str:
     """ "" (nothing), "done", "unfinished", or why the run that is there does not count and is trained anew."""
     if not (out / "run.json").is_file():
@@ -121,6 +146,11 @@ def check_can_be_made_again(run: Run, task: Any) -> None:
         raise UsageError(f"{run.path} is {run.unfinished}: finish it first (precscope train ... --resume)")
     if run.precision not in WORDS and run.plan is None:
         raise UsageError(f"{run.path} ran in {run.precision!r} and holds no plan.json that can be read: train it again")
+    if "guard" not in run.about and (run.path / "events.jsonl").is_file():
+        raise UsageError(
+            f"{run.path} ran under a guard, and its run.json does not tell which: train the other seeds yourself, with "
+            f"--guard and --seed 1 --out {run.path / 'seeds' / '0001'}, and so on; then compare without --seeds"
+        )
 
 
 def _make_task(run: Run, task: Any, seed: int) -> Any:
@@ -150,17 +180,19 @@ def arguments(run: Run, precision: str | None) -> dict[str, Any]:
     from ..plans import PrecisionPlan
 
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in run.settings.items() if k != "seed"}
+    if precision is not None:  # what is stored low belongs to the precision
+        settings |= dict.fromkeys(STORAGE)
     device = run.about.get("device")
     found: dict[str, Any] = {**settings, "device": device} if device else dict(settings)
-    compiled, guard = run.about.get("compile"), run.about.get("guard")
+    compiled, guard = run.about.get("compile_config"), run.about.get("guard")
     if compiled:
         from ..training import CompileConfig
 
-        found["compile"] = CompileConfig(**compiled) if isinstance(compiled, dict) else True
+        found["compile"] = CompileConfig(**compiled)
     if guard and precision is None:  # an fp32 twin is the reference: nothing is to be promoted in it
         from ..training.guard import GuardConfig
 
-        found["guard"] = GuardConfig(**guard) if isinstance(guard, dict) else guard
+        found["guard"] = GuardConfig(**guard)
     word = precision or run.precision
     if word in WORDS:
         found |= {
@@ -168,5 +200,5 @@ def arguments(run: Run, precision: str | None) -> dict[str, Any]:
             "initial_scale": first_scale(run) if word == "fp16" and precision is None else None,
         }
     else:
-        found["plan"] = PrecisionPlan.load(run.path / "plan.json")
+        found["plan"] = PrecisionPlan.load(run.plan_file)
     return found

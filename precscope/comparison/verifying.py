@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import RunDirectoryError, UsageError
+from ..errors import UsageError
 from .comparing import CONFIDENCE, MARGIN, compare
 from .equivalence import check_levels
 from .result import Comparison
-from .runs import Run, changed, read_run
-from .seeds import check_can_be_made_again, train_twin
+from .runs import read_run
+from .seeds import check_can_be_made_again, check_may_be_replaced, train_twin
 
 
 def verify(
@@ -38,31 +37,14 @@ def verify(
     path = Path(run)
     check_levels(margin, confidence)
     mine = read_run(path)
-    if mine.precision == "fp32":
+    if mine.is_fp32:
         raise UsageError(f"{path} ran in fp32, its twin would be itself: verify a run in another precision")
     check_can_be_made_again(mine, task)
     assert mine.seed is not None
     twin = Path(out) if out is not None else path.with_name(path.name + "-fp32")
-    _check_is_a_twin(mine, twin)
+    check_may_be_replaced(mine, twin, precision="fp32")
     train_twin(mine, twin, seed=mine.seed, precision="fp32", task=task, progress=progress, note=note)
     return compare(
         [twin, path], baseline=twin, seeds=seeds, task=task, margin=margin, confidence=confidence, progress=progress,
         note=note,
     )  # fmt: skip
-
-
-def _check_is_a_twin(run: Run, twin: Path) -> None:
-    """Raises UsageError where `twin` holds a run that is not the fp32 twin and was not made here: it is kept."""
-    file = twin / "run.json"
-    if not file.is_file():
-        return
-    try:
-        if "twin_of" in json.loads(file.read_text(encoding="utf-8")):
-            return
-        reason = changed(run, read_run(twin), precision="fp32")
-    except (ValueError, RunDirectoryError) as error:
-        reason = str(error)
-    if reason:
-        raise UsageError(
-            f"{twin} holds another run ({reason}): give the fp32 twin a directory of its own with out= (--verify-out)"
-        )

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from .pairing import Against
 
 
+_WIDE = 100  # an interval that spans this factor is no information
+
+
 def signed(share: float) -> str:
     """A relative difference as a percentage with its sign: "+0.12%", "-3.4%"; a dash where it is not known."""
     if share != share:
@@ -92,8 +95,12 @@ def p_value(p: float) -> str:
 
 
 def speed_text(speed: Ratio) -> str:
-    """ "1.52x [1.48, 1.57]"."""
+    """ "1.52x [1.48, 1.57]"; "1.52x (one ratio, no interval)"."""
     if speed.mean != speed.mean:
         return "–"
     lo, hi = speed.interval
-    return f"{speed.mean:.2f}x" + (f" [{lo:.2f}, {hi:.2f}]" if lo == lo else "")
+    if lo != lo:
+        return f"{speed.mean:.2f}x (one ratio, no interval)"
+    if hi > _WIDE * lo:
+        return f"{speed.mean:.2f}x (the pairs differ too much to say more)"
+    return f"{speed.mean:.2f}x [{lo:.2f}, {hi:.2f}]"

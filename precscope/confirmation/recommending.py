@@ -32,6 +32,7 @@ def recommend(
     batches: int = 2,
     trial_steps: int = 32,
     note: Note | None = None,
+    updates: str | None = None,
 ) -> PrecisionPlan:
     """Recommend a format per module from a recorded run, and confirm it on the model where `task` is given.
 
@@ -46,6 +47,10 @@ def recommend(
     and each format; the steps of trials and further rounds of tightening come on top) and kept out of the format; the
     whole plan is then tried, and trained for `trial_steps` steps beside fp32. It is tightened until it passes and says
     "confirmed"; without a task it says "predicted". Model, optimizer, buffers and generators are left as they were.
+    updates: how the optimizer will write parameters that are stored in 16 bits, "nearest", "stochastic", "kahan",
+    "master" or "auto" (the least that the recorded updates need). Parameters that plain storage would rob of their
+    updates may then be low all the same, with either policy, and `ps.train` follows the plan's optimizer["updates"].
+    None: such parameters stay fp32, and the plan's optimizer["warnings"] say what would let them be low.
     tolerance: what a plan may change. batches: how many batches each confirmation takes. loss_scaling: whether fp16
     gradients get a loss scale; None: with policy "autocast". note: called with a line of text when a part begins.
 
@@ -56,7 +61,8 @@ def recommend(
     profile = profile if isinstance(profile, Profile) else Profile.load(profile)
     if batches < 1 or trial_steps < 0:
         raise UsageError(f"batches must be 1 or more and trial_steps 0 or more, not {batches} and {trial_steps}")
-    asked: dict[str, Any] = {"formats": formats, "policy": policy, "limits": limits, "costs": costs}
+    asked: dict[str, Any] = {"formats": formats, "policy": policy, "limits": limits, "costs": costs,
+                             "updates": updates}  # fmt: skip
     if task is None:
         return predict(profile, **asked)
     from ..tasks import Task, TaskRef, make_task

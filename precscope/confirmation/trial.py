@@ -103,7 +103,7 @@ def run_trial(
     model.train()
     try:
         with preserved_rng(cuda=True), eager(), attributes_kept(model), optimizer_kept(task), mode.applied(model):
-            optimizer = make_optimizer(task, TrainConfig(steps=max(1, len(batches))))
+            optimizer = make_optimizer(task, TrainConfig(steps=max(1, len(batches))), plan)
             optimizer.zero_grad(set_to_none=True)
             for batch in batches:
                 torch.clear_autocast_cache()  # kept as long as any autocast is around, stale after a step

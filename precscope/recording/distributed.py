@@ -16,10 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def ddp_in(model: nn.Module) -> DistributedDataParallel | None:
-    """The DistributedDataParallel around a model, also one that torch.compile wraps or that wraps a compiled one."""
+    """The DistributedDataParallel around a model, also one that torch.compile or Fabric wraps, or that wraps a compiled
+    one."""
     found: nn.Module | None = model
     while found is not None and not isinstance(found, DistributedDataParallel):
-        found = getattr(found, "_orig_mod", None)
+        found = getattr(found, "_orig_mod", getattr(found, "_forward_module", None))
     return found
 
 

@@ -3,6 +3,8 @@
 Hooks are in place only during recorded steps (0, every, 2 every, ...), so that the other steps run as if precscope were
 not there. Statistics stay on the device until a flush; a flush makes one copy and writes one part. The run's numbers
 are untouched: hooks only read.
+
+On several processes every one records, statistics are merged at each flush, and the first one writes (merging.py).
 """
 
 from __future__ import annotations
@@ -21,23 +23,13 @@ from torch import nn
 from ..attribution import unwrap
 from ..batches import RandomStates
 from ..errors import ModelError, RunDirectoryError, UsageError
-from ..opstore import at_step, write_ops
 from ..preservation import ForcedEager
-from ..store import (
-    SCHEMA,
-    StatsWriter,
-    drop_steps,
-    prepare_directory,
-    rank_name,
-    update_json,
-    write_json,
-    write_truth,
-)  # fmt: skip
 from . import graph
 from .distributed import ddp_in
+from .eagerness import EagerCost
 from .observations import Observations
-from .provenance import now, provenance
-from .updates import OptimizerWatcher
+from .output import Output
+from .updates import OptimizerWatcher, as_list
 from .watcher import Watcher, watched_modules
 
 if TYPE_CHECKING:
@@ -66,6 +58,7 @@ class Recorder:
         exist: str = "error",
         first_step: int = 0,
         info: dict[str, Any] | None = None,
+        merge: bool = True,
     ) -> None:
         if every < 1 or flush_every < 1 or max_calls < 1:
             raise UsageError(
@@ -77,12 +70,13 @@ class Recorder:
             raise UsageError(f"on_error must be 'warn' or 'raise', not {on_error!r}")
         self.model = unwrap(model)
         self._ddp = ddp_in(model)
+        self._cost = EagerCost(model)
         if not watched_modules(self.model):
             raise ModelError(f"{type(self.model).__name__} has no module that computes: there is nothing to record")
         self.every, self.flush_every, self.on_error = every, flush_every, on_error
         self.shadow_every, self.ops = shadow_every, ops
-        self._out, self._exist, self._info = Path(out), exist, info or {}
-        self._optimizers = _as_list(optimizer)
+        self._out, self._exist, self._info, self._merge = Path(out), exist, info or {}, merge
+        self._optimizers = as_list(optimizer)
         self._scaler = scaler
         self._max_calls = max_calls
         self._eager = ForcedEager()
@@ -95,11 +89,23 @@ class Recorder:
     # life cycle
 
     def __enter__(self) -> Recorder:
-        self.directory = _prepare(self._out, self._exist)
-        if self._exist == "append":
-            drop_steps(self.directory, self.index)
-        self._writer = StatsWriter(self.directory)
-        self._observations = Observations()
+        self._output = Output(
+            self.model, self._out, exist=self._exist, first_step=self.index, merge=self._merge,
+            settings={"every": self.every, "flush_every": self.flush_every},
+            group=None if self._ddp is None else self._ddp.process_group,
+        )  # fmt: skip
+        self._ranks, self.directory = self._output.ranks, self._output.directory
+        try:
+            self._begin()
+        except BaseException:
+            self._open = False
+            self._detach()
+            self._ranks.leave()
+            raise
+        return self
+
+    def _begin(self) -> None:
+        self._observations = Observations(self._ranks.world)
         self._watcher = Watcher(self.model, self._observations, scale=self._loss_scale, max_calls=self._max_calls)
         self._updates = OptimizerWatcher(
             self._optimizers, self._observations, self._watcher.owners, self._watcher.names
@@ -107,15 +113,9 @@ class Recorder:
         self._since_flush = 0
         self._flushed_at = time.monotonic()
         self._graph_written = False
-        self._write_run("running")
+        self._output.begin({"every": self.every, **self._info, **self._described("running")})
         self._open = True
-        try:
-            self._begin_step()
-        except BaseException:
-            self._open = False
-            self._detach()
-            raise
-        return self
+        self._begin_step()
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
@@ -123,14 +123,18 @@ class Recorder:
         self._open = False
         self._detach()
         failing = kind is not None
+        if failing:
+            self._ranks.leave()  # the other processes may never come to this point
         if failing and self.failed is None and isinstance(value, RunDirectoryError):
             self.failed = str(value)  # it is being raised: no second word about it
         raising = self.on_error == "raise" and not failing
         try:
             self._flush(raising=raising)
             self._guarded(self._write_graph, raising=raising)
-            self._guarded(lambda: self._write_run("failed" if failing else "done", error=value), raising=raising)
+            content = self._described("failed" if failing else "done")
+            self._guarded(lambda: self._output.end(content, value), raising=raising)
         finally:
+            self._ranks.leave()
             self._observations = Observations()
 
     def step(self) -> None:
@@ -140,14 +144,14 @@ class Recorder:
         """
         if not self._open:
             raise UsageError("step() belongs inside the with block: with ps.record(model, out) as rec: ...; rec.step()")
+        self._cost.end()
         if self.recording:
             self.recorded_steps += 1
             self._since_flush += 1
             self._watcher.end_step()
             self._updates.end_step()
-            slow = time.monotonic() - self._flushed_at > _FLUSH_SECONDS
-            if self._since_flush >= self.flush_every or self._observations.used >= _FLUSH_SLOTS or slow:
-                self._flush(raising=self.on_error == "raise")
+        if self.index % self.every == 0:
+            self._flush_where_due()
         self.index += 1
         self._begin_step()
 
@@ -216,7 +220,7 @@ class Recorder:
         others = [p for o in self._optimizers for g in o.param_groups for p in g["params"] if p not in watcher.owners]
         step = ShadowStep(
             self.index, self._gradient_scale, random, watcher.passes_began, others=others, max_calls=self._max_calls,
-            ddp=self._ddp,
+            ddp=self._ddp, ranks=self._ranks,
         )  # fmt: skip
         closures = [closure] if callable(closure) else list(closure)
         with self.paused():
@@ -224,12 +228,11 @@ class Recorder:
             records = step.run_ops(self.model, closures) if self.ops else None
 
         def write() -> None:
-            observations.drain(StatsWriter(self.directory, kind="shadow"))
-            write_truth(self.directory, truth.columns())
-            if records is not None:
-                write_ops(self.directory, at_step(records, self.index))
+            self._output.rows(observations, "shadow")
+            self._output.truth(truth, records, self.index)
 
         self._guarded(write, raising=self.on_error == "raise")
+        self._settle()
         return truth
 
     @contextlib.contextmanager
@@ -242,13 +245,25 @@ class Recorder:
             self._watcher.paused = before
 
     def flush(self) -> None:
-        """Write what was recorded so far. Raises RunDirectoryError where the directory cannot be written."""
+        """Write what was recorded so far; of several processes all must call it.
+
+        Raises RunDirectoryError where the directory cannot be written.
+        """
         self._flush(raising=True)
 
     @property
     def recording(self) -> bool:
         """Whether the present step is recorded."""
         return self._watcher.attached
+
+    @property
+    def scaler(self) -> Any:
+        """The GradScaler (or number) whose scale is divided out of gradients; may be set between two steps."""
+        return self._scaler
+
+    @scaler.setter
+    def scaler(self, scaler: Any) -> None:
+        self._scaler = scaler
 
     # internals
 
@@ -260,6 +275,7 @@ class Recorder:
             self._updates.attach(self.index)
         else:
             self._detach()
+        self._cost.begin(recorded=self.recording)
 
     def _detach(self) -> None:
         self._watcher.detach()
@@ -288,13 +304,27 @@ class Recorder:
                 return 1.0 if stage is not None and stage.name != "READY" else scale
         return scale
 
+    def _flush_where_due(self) -> None:
+        """Flush where the memory or the time of any process asks for it: all do so at the same step."""
+        slow = time.monotonic() - self._flushed_at > _FLUSH_SECONDS
+        due = self._since_flush >= self.flush_every or self._observations.used >= _FLUSH_SLOTS or slow
+        if self._ranks.any(self.recording and due):
+            self._flush(raising=self.on_error == "raise")
+
     def _flush(self, *, raising: bool) -> None:
         self._since_flush = 0
         self._flushed_at = time.monotonic()
-        self._guarded(lambda: self._observations.drain(self._writer), raising=raising)
+        self._guarded(lambda: self._output.rows(self._observations), raising=raising)
         if not self._graph_written and self.failed is None:  # a killed run is to have one, too
             self._guarded(self._write_graph, raising=raising)
             self._graph_written = True
+        self._settle()
+
+    def _settle(self) -> None:
+        """Where one process cannot write any more, all stop recording."""
+        if self._ranks.any(self.failed is not None):
+            self._ranks.leave()
+            self.failed = self.failed or "another process stopped recording"
 
     def _guarded(self, action: Any, *, raising: bool = False) -> None:
         """Do `action`; where the directory cannot be written, raise, or warn once and stop recording: a full disk must
@@ -309,20 +339,13 @@ class Recorder:
                 warnings.warn(f"precscope stopped recording: {error}", RuntimeWarning, stacklevel=4)
 
     def _write_graph(self) -> None:
-        write_json(self.directory / "graph.json", graph.describe(self._watcher, self.flops))
+        self._output.graph(graph.describe(self._watcher, self.flops))
 
-    def _write_run(self, status: str, error: BaseException | None = None) -> None:
+    def _described(self, status: str) -> dict[str, Any]:
         content: dict[str, Any] = {"status": status, "recorded_steps": self.recorded_steps}
         if self._optimizers:
             content["optimizers"] = self._updates.describe()
-        if status == "running":
-            content = {"schema": SCHEMA, **provenance(self.model), "every": self.every, **self._info, **content}
-            write = update_json if self._exist == "append" else write_json
-            write(self.directory / "run.json", content)
-        else:
-            if error is not None:
-                content["error"] = f"{type(error).__name__}: {error}"
-            update_json(self.directory / "run.json", {**content, "finished": now()})
+        return {**content, **self._cost.describe()}
 
 
 def record(
@@ -340,6 +363,7 @@ def record(
     exist: str = "error",
     first_step: int = 0,
     info: dict[str, Any] | None = None,
+    merge: bool = True,
 ) -> Recorder:
     """A context manager that records `model` into the run directory `out` while any training loop runs.
 
@@ -355,6 +379,10 @@ def record(
     also record the result of every op. on_error:
     "warn" stops recording when the directory cannot be written and lets the run go on; "raise" ends it. exist: see
     prepare_directory. first_step: index of the first step, for resumed runs. info: more keys for run.json.
+    merge: under torch.distributed, enter it on all processes, with the same `out`: rows are merged over them at each
+    flush, equal those of one process that takes their batches as micro-batches, and the first process writes. Where
+    each has an `out` of its own, or with merge=False (one process alone; tensor and pipeline parallel models), nothing
+    is exchanged.
 
     The losses and weights of the run are the same bit for bit with and without it; compiled models run their recorded
     steps eagerly. Raises UsageError, ModelError, RunDirectoryError.
@@ -362,22 +390,5 @@ def record(
     return Recorder(
         model, out, optimizer=optimizer, scaler=scaler, every=every, flush_every=flush_every, max_calls=max_calls,
         shadow_every=shadow_every, ops=ops, on_error=on_error, exist=exist, first_step=first_step, info=info,
+        merge=merge,
     )  # fmt: skip
-
-
-def _prepare(path: Path, exist: str) -> Path:
-    """The directory of this process: rank 0 writes into the run directory, others below it; histograms add up when the
-    run is read. Each rank judges its own directory, so that none waits for another."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
-    return prepare_directory(path if rank == 0 else path / rank_name(rank), exist=exist, ranks=world)
-
-
-def _as_list(optimizer: Any) -> list[torch.optim.Optimizer]:
-    if optimizer is None:
-        return []
-    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-    for item in optimizers:
-        if not isinstance(item, torch.optim.Optimizer):
-            raise UsageError(f"optimizer must be a torch.optim.Optimizer or several, not {type(item).__name__}")
-    return optimizers

@@ -15,7 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from ..rounding import quantize
 from ..sites import Role
 from ..store import CHANGES
 from .distributed import average_gradients, gradients_apart, unsynchronised
+from .merging import Alone
 from .observations import Observations, Slot
 from .tensors import dense, modes_off
 from .watcher import Watcher, _Seen
@@ -167,7 +168,8 @@ class ShadowStep:
 
     step: its number. gradient_scale: parameter -> by what its .grad is still multiplied. random: generators' states at
     the beginning of the step, or of each closure; pass_random: at the beginning of each pass of the model. others:
-    parameters beside the model's whose .grad must stay. ddp: what the model is wrapped in, if it is.
+    parameters beside the model's whose .grad must stay. ddp: what the model is wrapped in, if it is. ranks: who shares
+    the work.
     """
 
     step: int
@@ -177,6 +179,7 @@ class ShadowStep:
     others: Iterable[Tensor] = ()
     max_calls: int = 16
     ddp: nn.parallel.DistributedDataParallel | None = None
+    ranks: Alone = field(default_factory=Alone)
 
     def run(
         self, model: nn.Module, closures: Sequence[Closure], loss: Tensor | float | None
@@ -185,7 +188,7 @@ class ShadowStep:
 
         Raises UsageError where a closure does not return a scalar loss; what the closures raise passes through.
         """
-        observations = Observations()
+        observations = Observations(self.ranks.world)
         with ExitStack() as stack:
             running = stack.enter_context(gradients_apart(model, self.ddp))
             stored = stack.enter_context(self._aside(model))
@@ -263,7 +266,7 @@ class ShadowStep:
         loss: Tensor | float | None,
     ) -> Truth:
         names: list[tuple[str, str]] = []
-        moments = []
+        moments, sites_of = [], []
         for parameter, sites in watcher.owners.items():
             if parameter.grad is None:
                 continue
@@ -271,9 +274,12 @@ class ShadowStep:
             low = running.get(own)
             moments.append(_moments(low, self.gradient_scale(own), parameter.grad))
             names.append((".".join(filter(None, (sites[0].module, sites[0].tensor))), sites[0].module))
+            sites_of.append(sites[0])
         losses = torch.stack([total.double().cpu(), torch.as_tensor(_number(loss)).detach().double().cpu().reshape(())])
-        rows = torch.stack([m.cpu() for m in moments]).tolist() if moments else []
-        figures = [_figures(*row) for row in rows]
+        losses = self.ranks.mean(losses)
+        rows = torch.stack([m.cpu() for m in moments]) if moments else torch.zeros(0, 4, dtype=torch.float64)
+        rows = self.ranks.total(rows, sites_of)
+        figures = [_figures(*row) for row in rows.tolist()]
         loss_fp32, loss_low = losses.tolist()
         return Truth(
             self.step, loss_low, loss_fp32, tuple(n for n, _ in names), tuple(m for _, m in names),

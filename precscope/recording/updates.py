@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import UsageError
 from ..sites import Role, Site
 from .observations import Observations, Slot
 from .tensors import dense, unseen
@@ -90,7 +91,8 @@ class OptimizerWatcher:
                 settings = {k: plain for k, v in group.items() if k != "params" and (plain := _plain(v)) is not None}
                 settings["lr"] = max(self._lr.get((i, j), 0.0), settings.get("lr", 0.0))
                 groups.append({**settings, "parameters": self._names_of(group["params"])})
-            described.append({"class": type(optimizer).__name__, "groups": groups})
+            # one that stores parameters low names the optimizer that it steps
+            described.append({"class": type(getattr(optimizer, "inner", optimizer)).__name__, "groups": groups})
         return described
 
     def _names_of(self, parameters: Iterable[torch.Tensor]) -> list[str]:
@@ -165,6 +167,8 @@ class OptimizerWatcher:
     def _record_state(self, state: dict[str, Any], sites: list[Site]) -> None:
         assert self._step is not None
         for key, value in state.items():
+            if key == "compensation":
+                continue  # the lower half of a parameter's bits (training/parameters.py): no numbers by themselves
             values = dense(value) if isinstance(value, torch.Tensor) and value.dim() > 0 else None
             if values is None:
                 continue
@@ -184,3 +188,22 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [p for v in value if (p := _plain(v)) is not None]
     return value if isinstance(value, bool | int | float | str) else None
+
+
+def _inner(optimizer: Any) -> Any:
+    """The optimizer inside the wrappers of Accelerate and Fabric, whose own hooks never fire."""
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def as_list(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """One or several optimizers, or None, as a list. Raises UsageError for anything else."""
+    if optimizer is None:
+        return []
+    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    optimizers = [_inner(item) for item in optimizers]
+    for item in optimizers:
+        if not isinstance(item, torch.optim.Optimizer):
+            raise UsageError(f"optimizer must be a torch.optim.Optimizer or several, not {type(item).__name__}")
+    return optimizers

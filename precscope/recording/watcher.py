@@ -91,6 +91,8 @@ class Watcher:
         self._counts: Counter[str] = Counter()
         self._recomputed: Counter[str] = Counter()
         self._grad_hooked: set[Site] = set()
+        self._sharded = _sharded_parameters(self.owners)
+        self._gathered: dict[int, torch.Tensor] = {}  # whole parameters that FSDP2 puts in place of shards, hooked
         self._step: int | None = None
         self._weights_done = False
         self.weight_slots: dict[torch.Tensor, Slot] = {}  # of the running step
@@ -134,6 +136,7 @@ class Watcher:
         for handle in self._tensor_handles:
             handle.remove()
         self._tensor_handles.clear()
+        self._gathered.clear()
         self._begin_pass()
 
     def _begin_pass(self) -> None:
@@ -174,12 +177,24 @@ class Watcher:
         if not self._weights_done:
             self._record_weights()
         name = self.names[module]
+        if name in self._sharded:
+            self._hook_gathered(module, self._sharded[name])
         call = self._call_index(name, recompute)
         for path, x in call_tensors(args, kwargs):
             seen = self._see(x, Site(name, Role.INPUT, call, path), recompute)
             if seen is not None and not recompute:
                 seen.consumers.append(name)
         self._stack.append((name, call))
+
+    def _hook_gathered(self, module: nn.Module, sites: dict[str, list[Site]]) -> None:
+        """Watch the gradients of parameters that FSDP2 gathers for this call: this process's own, before they are
+        averaged and sharded. Hooks on the shards never fire."""
+        for local, places in sites.items():
+            whole = module._parameters.get(local)
+            if whole is None or hasattr(whole, "placements") or not whole.requires_grad or id(whole) in self._gathered:
+                continue
+            self._gathered[id(whole)] = whole
+            self._tensor_handles.append(whole.register_hook(partial(self._gradient, places)))
 
     def _note_pass(self) -> None:
         """What a shadow step needs to draw the same random numbers, and to see that no optimizer stepped since."""
@@ -230,7 +245,7 @@ class Watcher:
             self._observations.set_scale(self._step, 1.0 if scale is None else scale)
         seen = self._find(gradient)
         if seen is None:
-            seen = self._remember(gradient, self._observations.reduce(values), "")
+            seen = self._remember(gradient, self._observations.reduce_gradient(values), "")
         assert seen.slot is not None
         for site in sites:
             self._observations.link(self._step, site, seen.slot)
@@ -328,6 +343,17 @@ def parameter_owners(names: dict[nn.Module, str]) -> dict[torch.Tensor, list[Sit
             if tensor.is_floating_point():
                 owners.setdefault(tensor, []).append(Site(name, Role.WEIGHT, 0, local))
     return owners
+
+
+def _sharded_parameters(owners: dict[torch.Tensor, list[Site]]) -> dict[str, dict[str, list[Site]]]:
+    """Module -> its own parameters that are distributed tensors -> the gradient sites of all that own them."""
+    found: dict[str, dict[str, list[Site]]] = {}
+    for tensor, sites in owners.items():
+        if hasattr(tensor, "placements") and isinstance(tensor, nn.Parameter):
+            for site in sites:
+                gradients = [s._replace(role=Role.GRAD_WEIGHT) for s in sites]
+                found.setdefault(site.module, {})[site.tensor] = gradients
+    return found
 
 
 def _is_below(name: str, ancestor: str) -> bool:

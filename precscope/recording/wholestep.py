@@ -128,11 +128,11 @@ class WholeStep:
                 continue
             places, samples = found.setdefault(str(values.device), ([], []))
             places.append(place)
-            samples.append(_sample(values).float())
+            samples.append(sample(values).float())
         return found
 
 
-def _sample(values: torch.Tensor) -> torch.Tensor:
+def sample(values: torch.Tensor) -> torch.Tensor:
     """At most _SAMPLE elements, evenly strided; an odd stride, so that no column of a matrix is always missed."""
     flat = values.reshape(-1)
     stride = -(-flat.numel() // _SAMPLE)

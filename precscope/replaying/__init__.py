@@ -9,8 +9,8 @@ Model, buffers, gradients, modes and random generators are left as they were fou
 the file, again.py runs it again.
 """
 
+from ..tracing.saved import save_step
 from .again import Replay, replay
-from .saved import save_step
 from .step import StepTrace, trace_step
 
 __all__ = ["Replay", "StepTrace", "replay", "save_step", "trace_step"]

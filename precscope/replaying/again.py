@@ -11,9 +11,10 @@ import torch
 from ..batches import preserved_rng, seed_everything
 from ..errors import UsageError
 from ..plans import PrecisionPlan
+from ..tracing.saved import plain
 from ..training.checkpoint import set_random_states
 from ..training.devices import pick_device, to_device
-from .saved import load_step, plain, weights_of
+from .saved import load_step, weights_of
 from .step import AnyTask, StepTrace, as_task, run_traced
 
 if TYPE_CHECKING:

@@ -19,12 +19,13 @@ from ..plans import PrecisionPlan
 from ..preservation import preserved
 from ..tasks import Task, TaskRef, make_task
 from ..tracing import trace
+from ..tracing.saved import plain, save_step
 from ..training.checkpoint import latest, random_states, set_random_states
 from ..training.devices import own_device, pick_device, to_device
 from ..training.evaluation import in_mode
 from ..training.halfmatmul import half_matmul_through_fp32
 from ..training.precision import make_precision
-from .saved import plain, save_step, weights_of
+from .saved import weights_of
 
 if TYPE_CHECKING:
     from ..tracing import Finding

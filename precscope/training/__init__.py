@@ -4,6 +4,7 @@ loop.py is the loop; precision.py how precision enters it; config.py its setting
 result.py what it returns; tasks/ the tasks that come with precscope.
 """
 
+from .compiling import CompileConfig
 from .config import TrainConfig
 from .entry import train
 from .evaluation import evaluate
@@ -13,6 +14,7 @@ from .result import TrainResult
 
 __all__ = [
     "Autocast",
+    "CompileConfig",
     "FullPrecision",
     "Planned",
     "Precision",

@@ -8,8 +8,13 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..errors import UsageError, nearest
+from ..plans import STORED
 
 SCHEDULES = ("cosine", "linear", "constant", "none")
+UPDATES = ("nearest", "stochastic", "kahan", "master")
+"""Ways to write updates of low-precision parameters, see parameters.py."""
+STATES = ("fp32", "bf16", "int8", "int4", "fp8")
+"""What optimizer state can be stored in, see narrowing.py."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +28,15 @@ class TrainConfig:
     steps, at most 1000. grad_clip: largest total norm of the (unscaled) gradients; None: no clipping. accumulate:
     micro-batches per optimizer step; their gradients are averaged. eval_every: steps between evaluations (there is
     always one at the end). eval_limit: most held-out batches per evaluation. checkpoint_every: steps between
-    checkpoints. keep: checkpoints that stay. nonfinite_limit: consecutive non-finite steps after which the run stops.
-    min_scale: loss scale below which the run stops. sync_every: steps between readings of the device; None: 1 on the
-    CPU, 10 elsewhere. flush_seconds: longest time that the log stays in memory.
+    checkpoints. keep: checkpoints that stay. keep_best: whether the state of the lowest held-out loss is kept as well,
+    as checkpoints/best-N.pt, written when an evaluation (eval_every, and at the end) finds it. save_model: whether the
+    trained weights alone are written at the end, as model.safetensors. nonfinite_limit: consecutive non-finite steps
+    after which the run stops. min_scale: loss scale below which the run stops. sync_every: steps between readings of
+    the device; None: 1 on the CPU, 10 elsewhere. flush_seconds: longest time that the log stays in memory.
+    params: what parameters are stored in, "fp32", "bf16" or "fp16", where there is no plan (a plan says it for each
+    module). updates: how those stored low are written, "nearest", "stochastic", "kahan" or "master"; None: as the plan
+    says, or by the bare optimizer, which also computes in the parameters' dtype. state: what the optimizer's state is
+    stored in, "fp32", "bf16", "int8", "int4" or "fp8"; None: as the plan says, or fp32. See parameters.py.
     Raises UsageError where a value is out of range.
     """
 
@@ -44,10 +55,15 @@ class TrainConfig:
     eval_limit: int | None = None
     checkpoint_every: int | None = None
     keep: int = 2
+    keep_best: bool = False
+    save_model: bool = False
     nonfinite_limit: int = 3
     min_scale: float = 2.0**-10
     sync_every: int | None = None
     flush_seconds: float = 5.0
+    params: str | None = None
+    updates: str | None = None
+    state: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "keep", "nonfinite_limit"):
@@ -57,6 +73,13 @@ class TrainConfig:
                 _require_integer(name, getattr(self, name), least=1)
         if self.warmup is not None:
             _require_integer("warmup", self.warmup, least=0)
+        for name, known in (("params", STORED), ("updates", UPDATES), ("state", STATES)):
+            if getattr(self, name) not in (None, *known):
+                raise UsageError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if self.state is not None:
+            from .narrowing import check_state
+
+            check_state(self.state)  # now: torchao must also be there before a checkpoint is read
         if self.schedule not in SCHEDULES:
             raise UsageError(f"schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):

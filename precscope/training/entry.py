@@ -11,10 +11,12 @@ import torch
 
 from ..errors import UsageError
 from ..tasks import Task, TaskRef, make_task
+from .compiling import CompileConfig
 from .config import make_config
 from .devices import pick_device
 from .engine import Engine
 from .loop import Progress, Trainer
+from .optim import storage_plan
 from .precision import make_precision
 from .result import TrainResult
 from .shadowing import Recorder, shadow_recorder
@@ -35,7 +37,7 @@ def train(
     resume: bool = False,
     device: str | torch.device | None = None,
     strategy: str | None = None,
-    compile: bool = False,
+    compile: bool | CompileConfig = False,
     guard: GuardConfig | str | None = None,
     recorder: Recorder | Callable[[Trainer], AbstractContextManager[Recorder]] | None = None,
     progress: Progress | None = None,
@@ -51,10 +53,11 @@ def train(
     run that is there: "error" or "overwrite". resume: go on from the newest checkpoint in `out`, or start where there
     is none. device: None takes the model's own, or the first GPU where the model is on the CPU. strategy: "ddp" or
     "fsdp" on several processes; None: "ddp" where torchrun started more than one. compile: run the model under
-    torch.compile. guard: what to do when the run goes wrong, "warn", "skip", "promote" or "rollback", or a GuardConfig;
-    None: stop where it is not finite any more. recorder: an entered one that has step() (ps.Recorder; `out` is then the
-    directory it made), or a function of the Trainer (forward_model, optimizer, scaler are there) that returns a context
-    manager giving one. progress: see Progress. initial_scale: of the loss scale under "fp16" (None: 65536).
+    torch.compile; True or a CompileConfig. guard: what to do when the run goes wrong, "warn", "skip", "promote" or
+    "rollback", or a GuardConfig; None: stop where it is not finite any more. recorder: an entered one that has step()
+    (ps.Recorder; `out` is then the directory it made), or a function of the Trainer (forward_model, optimizer, scaler
+    are there) that returns a context manager giving one. progress: see Progress. initial_scale: of the loss scale under
+    "fp16" (None: 65536).
     shadow_every: run every so manieth step once more in fp32 (a shadow step, see Recorder.shadow) and record it into
     `out`: what the precision of this run really does to gradients (Profile.load(out).truth). Where there is a recorder
     it has a shadow_every of its own.
@@ -71,6 +74,7 @@ def train(
         from ..plans import PrecisionPlan
 
         plan = PrecisionPlan.load(plan)
+    plan, precision = storage_plan(plan, precision, config, initial_scale=initial_scale)
     if shadow_every is not None:
         recorder = shadow_recorder(shadow_every, out, recorder, resume=resume)
     if resume and out is None:

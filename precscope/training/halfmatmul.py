@@ -12,12 +12,16 @@ exception: oneDNN's fused LSTM rounds its hidden state to fp16 once per layer he
     with half_matmul_through_fp32():
         loss = model(x)
         loss.backward()                    # on the CPU, backward runs in this thread, hence under the mode too
+
+torch.compile leaves functions alone that are called under such a mode. For models that are to be compiled there is
+`compiling_half_matmul`, the same mode but one that lets them compile, with `inductor_through_fp32` as their backend.
 """
 
 from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -72,6 +76,39 @@ class half_matmul_through_fp32(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+class compiling_half_matmul(half_matmul_through_fp32):
+    """The same around a model under torch.compile, which then compiles it; code that is not compiled is served too."""
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+
+def inductor_through_fp32(graph: Any, inputs: Any, *, mode: str | None, options: Mapping[str, Any] | None) -> Any:
+    """A backend for torch.compile: inductor, with the fp16 products of this module computed in fp32, rounded once.
+
+    graph, inputs: as torch.compile gives them. mode, options: inductor's.
+    """
+    from torch import _inductor
+    from torch._functorch import config
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
+
+    table = {**select_decomp_table(), **{op: functools.partial(_decomposed, op, keep) for op, keep in _KEEP.items()}}
+    patches = {**(_inductor.list_mode_options(mode) if mode else {}), **(options or {})}
+    # the key of autograd's cache knows nothing of decompositions: it would serve code that was made without ours
+    with config.patch(enable_autograd_cache=False):
+        return compile_fx(graph, inputs, config_patches=patches or None, decompositions=table)
+
+
+def _decomposed(func: Any, keep: frozenset[int], *args: Any, **kwargs: Any) -> Any:
+    for value in args:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            half = value.dtype is torch.float16 and value.device.type == "cpu"
+            return _through_fp32(func, keep, args, kwargs) if half else NotImplemented
+    return NotImplemented
 
 
 def _is_half(args: tuple) -> bool:

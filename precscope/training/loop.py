@@ -18,13 +18,14 @@ from ..batches import seed_everything
 from ..errors import TaskError
 from ..store import prepare_directory
 from ..tasks import Task
-from . import checkpoint, persistence
+from . import checkpoint, persistence, phases
+from .compiling import CompileConfig, make_compiler
 from .config import TrainConfig
 from .devices import to_device
 from .engine import Engine
 from .evaluation import evaluate, in_mode
 from .log import TrainLog, write_run_json
-from .optim import clip, gradients, make_optimizer
+from .optim import clip, gradients, make_optimizer, set_lr
 from .precision import LossScaler, Precision, make_precision
 from .readings import Readings
 from .result import TrainResult
@@ -58,17 +59,23 @@ class Trainer:
         out: str | Path | None,
         exist: str = "error",
         engine: Engine | None = None,
-        compile: bool = False,
+        compile: bool | CompileConfig = False,
         guard: Guard | None = None,
     ) -> None:
-        self.task, self.config, self.precision, self.guard, self.compile = task, config, precision, guard, compile
+        self.task, self.config, self.precision, self.guard = task, config, precision, guard
         self.model, self.plan = task.model, precision.plan
         self.engine = engine or Engine(precision.device)
+        self.compiler = make_compiler(compile, self.engine.device)
         self.out = prepare_directory(out, exist=exist if self.engine.main else "append") if out is not None else None
         self.log = TrainLog(self.out if self.engine.main else None, flush_seconds=config.flush_seconds)
         self.readings, self.shadows = Readings(self), ShadowSteps()
         self.sync_every = config.sync_every or (1 if self.engine.device.type == "cpu" else 10)
         self.evaluations: list[tuple[int, float]] = []
+        self.notes: list[str] = []  # what a reader should know
+        self.history: list[dict[str, Any]] = []  # which precision from which step on, see phases.entry
+        self.in_force = 0  # the step whose entry of the plan is on the model
+        self.best: tuple[Path, int, float] | None = None  # checkpoint, its steps and held-out loss
+        self.saved: tuple[int, Path] | None = None  # the last state written: steps and file
         self.progress: Progress | None = None
         self.watch: Any = None
         self._applied = ExitStack()
@@ -82,14 +89,18 @@ class Trainer:
         """Train to the last step, evaluate, and return the result. See `train` for the arguments and errors."""
         self.progress = progress
         seed_everything(self.config.seed + 1000003 * self.engine.rank)
-        if self.out is not None and not resume and self.engine.main:
-            checkpoint.remove_all(self.out)  # of a run that is being overwritten
+        persistence.check(self)
         state = checkpoint.latest(self.out) if resume and self.out is not None else None
+        if self.out is not None and self.engine.main:
+            if state is None:
+                checkpoint.remove_all(self.out)  # of a run that is being overwritten
+            checkpoint.remove_unfinished(self.out)
         with ExitStack() as stack:
             stack.enter_context(in_mode(self.model, training=True))
             stack.callback(self._applied.close)
             self._begin(state)
             stack.enter_context(persistence.outcome(self))
+            stack.enter_context(self.compiler.running())
             with entered(recorder, self) as self.watch:
                 persistence.announce(self, self.first_step)
                 self.next_step = self.first_step
@@ -98,7 +109,9 @@ class Trainer:
             eval_loss = self._final_evaluation()
             self.log.flush()
             result = self._result(eval_loss)
-            write_run_json(self.out if self.engine.main else None, result.to_dict())
+            described = {**result.to_dict(), **self.compiler.describe(self.log.rows)}
+            write_run_json(self.out if self.engine.main else None, described)
+            persistence.save_model(self)
         return result
 
     def _begin(self, state: dict[str, Any] | None) -> None:
@@ -107,15 +120,19 @@ class Trainer:
             from ..plans import PrecisionPlan
 
             self.plan = PrecisionPlan.from_json(state["plan"])  # the guard may have amended it
-        first = 0 if state is None else state["step"]
+        self.in_force = persistence.in_force(state)
         if self.plan is not None:
-            self.precision = self._precision_of(self.plan.at_step(first))
-        self._applied.enter_context(self.precision.applied(self.model))
+            self.notes += phases.check(self.plan, self.model, steps=self.config.steps, processes=self.engine.world)
+            self.precision = self._precision_of(self.plan.at_step(self.in_force))
+        self._put_on(self.precision)
+        self.history.append(phases.entry(self.in_force, self.precision, "start"))
+        fixed = self.guard is None and not (self.plan is not None and self.plan.phases)
+        self.forward_model = self.compiler.wrap(self.engine.wrap(self.model, self.precision, fixed=fixed))
         # once the plan is on the model: it may store parameters low, and the optimizer's state follows them
-        self.optimizer = make_optimizer(self.task, self.config)
-        self.forward_model = self.engine.wrap(self.model, self.precision)
+        self.optimizer = make_optimizer(self.task, self.config, self.plan)
+        self.engine.check(self.model, self.optimizer)
         lr = self.config.lr
-        self.base_lrs = [g["lr"] if lr is None else lr for g in self.optimizer.param_groups]
+        self.base_lrs = [float(g["lr"]) if lr is None else lr for g in self.optimizer.param_groups]
         self.first_step = persistence.restore(self, state) if state is not None else 0
         if self.guard is not None:
             self.guard.begin(self)
@@ -125,14 +142,14 @@ class Trainer:
         self._enter_phase(step)
         self.next_step = step + 1
         self._step(step)
-        if self._due(step, self.sync_every):
+        evaluate, save = self._due(step, self.config.eval_every), self._due(step, self.config.checkpoint_every)
+        if evaluate or save or self._due(step, self.sync_every) or self._is_phase(step + 1):
             self.readings.read()
         if self.next_step != step + 1:
             return  # the guard went back: nothing that was due here counts
-        if self._due(step, self.config.eval_every):
+        if evaluate:
             self._evaluate_at(step)
-        if self._due(step, self.config.checkpoint_every):
-            self.readings.read()
+        if save:
             persistence.save(self, step + 1)
 
     # one step
@@ -158,6 +175,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.task.after_step is not None:
             self.task.after_step(self.model, step)
+        self.compiler.stepped(step, eager=getattr(self.watch, "recording", False))
         if self.watch is not None:
             self.watch.step()
         self.readings.clock.stop()
@@ -192,37 +210,56 @@ class Trainer:
         if self.config.schedule != "none":
             factor = self.config.lr_factor(step)
             for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-                group["lr"] = base * factor
+                set_lr(group, base * factor)
         return float(self.optimizer.param_groups[0]["lr"])
 
     # changes of course
 
-    def switch(self, plan: PrecisionPlan, *, step: int) -> None:
+    def switch(self, plan: PrecisionPlan, *, step: int, why: str = "switched") -> None:
         """Train with `plan` from `step` on, between two steps; the optimizer keeps its state, the loss scale its
-        value."""
+        value. why: for run.json."""
         self.plan = plan
-        self._switch_precision(self._precision_of(plan.at_step(step)))
+        self._switch_precision(step, why)
 
     def rollback(self, state: dict[str, Any]) -> None:
-        """Go back to `state`, the content of a checkpoint of this run, in the precision that is in force now."""
+        """Go back to `state`, the content of a checkpoint of this run, in the precision that the plan has there now.
+        The guard keeps what it has learnt; checkpoints of later steps are removed."""
         self.readings.forget()
-        self.next_step = persistence.restore(self, state)
-        self.log.cut(self.next_step)
+        self.history = [entry for entry in self.history if entry["from_step"] < state["step"]] or self.history[:1]
+        if self.plan is not None:
+            self._switch_precision(persistence.in_force(state), "went back")
+        self.next_step = persistence.restore(self, state, back=True)
 
     def _enter_phase(self, step: int) -> None:
-        if self.plan is not None and any(phase.from_step == step for phase in self.plan.phases):
-            self._switch_precision(self._precision_of(self.plan.at_step(step)))
+        if self._is_phase(step) and self.in_force != step:
+            self._switch_precision(step, "phase")
+
+    def _is_phase(self, step: int) -> bool:
+        return self.plan is not None and bool(self.plan.phases) and step in phases.starts(self.plan)
 
     def _precision_of(self, plan: PrecisionPlan) -> Precision:
-        return make_precision(None, plan=plan, model=self.model, device=self.engine.device)
+        return make_precision(
+            None, plan=plan, model=self.model, device=self.engine.device, initial_scale=self.precision.initial_scale
+        )
 
-    def _switch_precision(self, precision: Precision) -> None:
+    def _switch_precision(self, step: int, why: str) -> None:
+        assert self.plan is not None
+        precision, before = self._precision_of(self.plan.at_step(step)), phases.dtypes_of(self.optimizer)
         precision.take_over(self.precision)
         self._applied.close()
-        self.precision = precision
-        self._applied.enter_context(precision.applied(self.model))
+        self._put_on(precision)
+        phases.match_state(self.optimizer, before)
+        self.in_force = step
+        self.history.append(phases.entry(step, precision, why))
+        persistence.switched(self)
+        self.compiler.replanned(self.next_step)
         if hasattr(self.watch, "scaler"):
             self.watch.scaler = self.scaler
+
+    def _put_on(self, precision: Precision) -> None:
+        self.precision, precision.compiled = precision, self.compiler.active
+        self._applied.enter_context(precision.applied(self.model))
+        precision.settle()
 
     # around the steps
 
@@ -232,26 +269,28 @@ class Trainer:
     def _evaluate_at(self, step: int) -> None:
         if step + 1 == self.config.steps or self.task.eval_batches is None:
             return  # the last one is made after the loop, by _final_evaluation
-        self.readings.read()
         with getattr(self.watch, "paused", nullcontext)():
             loss = self.evaluate()
-        self.evaluations.append((step + 1, loss))
-        self.log.evaluated(loss)
+        self._evaluated(step + 1, loss)
 
     def _final_evaluation(self) -> float | None:
         if self.task.eval_batches is None:
             return None
         loss = self.evaluate()
-        self.evaluations.append((self.config.steps, loss))
-        self.log.evaluated(loss)
+        self._evaluated(self.config.steps, loss)
         return loss
+
+    def _evaluated(self, steps: int, loss: float) -> None:
+        self.evaluations.append((steps, loss))
+        self.log.evaluated(loss)
+        persistence.evaluated(self, steps, loss)
 
     def evaluate(self) -> float:
         """Mean loss over the held-out batches in this run's precision; random streams and modes are put back."""
         return evaluate(self.task, precision=self.precision, limit=self.config.eval_limit, model=self.forward_model)
 
     def _result(self, eval_loss: float | None) -> TrainResult:
-        described = self.precision.describe()
+        described, stored = self.precision.describe(), getattr(self.optimizer, "notes", ())
         return TrainResult.from_rows(
             self.log.rows,
             scaled=any(row.scale != 1 for row in self.log.rows) or self.scaler is not None,
@@ -260,7 +299,14 @@ class Trainer:
             precision=self.precision.word,
             steps=self.config.steps,
             evaluations=tuple(self.evaluations),
-            notes=(*described["notes"], *self.engine.notes),
+            notes=(
+                *described["notes"],
+                *self.engine.notes,
+                *stored,
+                *self.notes,
+                *self.compiler.notes(self.log.rows),
+            ),
             out=self.out,
+            best=self.best[0] if self.best is not None else None,
             plan=self.plan,
         )

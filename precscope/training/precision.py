@@ -20,7 +20,7 @@ from torch import nn
 
 from ..errors import UsageError
 from ..formats import get_format
-from .halfmatmul import half_matmul_through_fp32, matmul_rates, needs_half_matmul
+from .halfmatmul import compiling_half_matmul, half_matmul_through_fp32, matmul_rates, needs_half_matmul
 
 if TYPE_CHECKING:
     from ..plans import PrecisionPlan
@@ -61,12 +61,15 @@ class Precision:
     """fp32 arithmetic as the process has it. Subclasses change what they need to.
 
     word: short name for tables. scaler: the loss scaler, None where no loss scale is needed. device: where it trains.
+    compiled: whether the model is under torch.compile.
     """
 
     word = "fp32"
     scaler: LossScaler | None = None
     resting: LossScaler | None = None  # of an earlier phase, for a later one
     plan: PrecisionPlan | None = None
+    initial_scale: float | None = None  # as asked for, None: the plan's or the usual one
+    compiled = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -114,9 +117,20 @@ class Precision:
         """Go on where `before` ends, in the middle of a run: with its loss scaler, at once or when one is needed."""
         last = before.scaler or before.resting
         if last is not None and self.scaler is not None:
+            last.set_growth_interval(self.scaler.get_growth_interval())
             self.scaler = last
         else:
             self.resting = last
+
+    def settle(self) -> None:
+        """Within `applied`, in training: parameters are from now on what is stored (see PlanHandle.settle)."""
+
+    def unrounded(self) -> dict[str, torch.Tensor]:
+        """Within `applied`: values to come back when the plan is taken off, for a checkpoint."""
+        return {}
+
+    def load_unrounded(self, values: dict[str, torch.Tensor]) -> None:
+        """Inverse of unrounded."""
 
     def describe(self) -> dict[str, Any]:
         """What runs, for run.json: word, loss scaling, and notes in words."""
@@ -128,14 +142,15 @@ class Precision:
         return {name: scaler.state_dict() for name, scaler in states.items() if scaler is not None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of state_dict; a run that changes precision starts with a fresh loss scale."""
-        if self.scaler and state.get("scaler"):
-            self.scaler.load_state_dict(state["scaler"])
-            self.scaler.prepare(self.device)
-        if state.get("resting"):
-            self.resting = LossScaler(self.device.type)
-            self.resting.load_state_dict(state["resting"])
-            self.resting.prepare(self.device)
+        """Inverse of state_dict. A loss scale that is not needed now rests for a later phase."""
+        saved = state.get("scaler") or state.get("resting")
+        if not saved:
+            return
+        scaler = self.scaler or LossScaler(self.device.type)
+        scaler.load_state_dict(saved)
+        scaler.prepare(self.device)
+        if scaler is not self.scaler:
+            self.resting = scaler
 
     def _describe_scaler(self) -> dict[str, Any] | None:
         if self.scaler is None:
@@ -186,15 +201,20 @@ class _Scaled(Precision):
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
-        with half_matmul_through_fp32() if self.through_fp32 else nullcontext(), self._autocast():
+        with self._half_matmul(), self._autocast():
             yield
+
+    def _half_matmul(self) -> AbstractContextManager[Any]:
+        if not self.through_fp32:
+            return nullcontext()
+        return compiling_half_matmul() if self.compiled else half_matmul_through_fp32()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """Autocast for the forward pass, as far as no plan on the model decides."""
         raise NotImplementedError
 
     def backward(self, loss: torch.Tensor) -> None:
-        with half_matmul_through_fp32() if self.through_fp32 else nullcontext():
+        with self._half_matmul():
             (self.scaler.scale(loss) if self.scaler else loss).backward()
 
     def scale(self) -> torch.Tensor | None:
@@ -207,10 +227,9 @@ class _Scaled(Precision):
     def step(self, optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> torch.Tensor:
         if self.scaler is None:
             return super().step(optimizer, finite)
-        skipped = self.scaler.found_nonfinite(optimizer)
-        # a fused optimizer is called by GradScaler even to do nothing; on the CPU the verdict is at hand: do not call
-        if self.device.type != "cpu" or not bool(skipped):
-            self.scaler.step(optimizer)
+        # of all reasons to leave a step out, only what unscaling found is the scale's: `update` knows no other
+        skipped = self.scaler.found_nonfinite(optimizer) | ~finite
+        super().step(optimizer, ~skipped)
         self.scaler.update()
         return skipped
 
@@ -247,17 +266,19 @@ class Planned(_Scaled):
 
     word = "plan"
 
-    def __init__(self, device: torch.device, plan: PrecisionPlan, model: nn.Module) -> None:
+    def __init__(
+        self, device: torch.device, plan: PrecisionPlan, model: nn.Module, *, initial_scale: float | None = None
+    ) -> None:
         from ..attribution import unwrap
 
-        self.plan = plan
+        self.plan, self.initial_scale = plan, initial_scale
         layers = plan.resolve(name for name, _ in unwrap(model).named_modules())
         half = "fp16" in {layer.compute for layer in layers.values()}
         scale = plan.loss_scale
         super().__init__(
             device,
             half=half,
-            initial_scale=scale.get("initial"),
+            initial_scale=scale.get("initial") if initial_scale is None else initial_scale,
             growth_interval=scale.get("growth_interval", 2000),
         )
 
@@ -272,6 +293,15 @@ class Planned(_Scaled):
             yield
         finally:
             self.handle.remove()
+
+    def settle(self) -> None:
+        self.handle.settle()
+
+    def unrounded(self) -> dict[str, torch.Tensor]:
+        return self.handle.unrounded()
+
+    def load_unrounded(self, values: dict[str, torch.Tensor]) -> None:
+        self.handle.load_unrounded(values)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return self.handle.autocast(self.device.type)
@@ -298,7 +328,7 @@ def make_precision(
     if plan is not None and word not in (None, "plan"):
         raise UsageError(f"give a plan or precision={word!r}, not both: a plan says the precision of each module")
     if plan is not None:
-        return Planned(device, plan, model)
+        return Planned(device, plan, model, initial_scale=initial_scale)
     word = _normal(word or "fp32")
     if word in ("fp32", "tf32"):
         return FullPrecision(device, tf32=word == "tf32")

@@ -22,14 +22,18 @@ class Readings:
         self.trainer, self.device = trainer, trainer.engine.device
         self.clock, self.memory = StepClock(self.device), MemoryMeter(self.device)
         self.bad_in_a_row = 0
-        self._unread: list[tuple[int, float, torch.Tensor, int]] = []
+        self._unread: list[tuple[int, float, Any, int]] = []
 
     def add(self, step: int, lr: float, parts: tuple[torch.Tensor | None, ...]) -> None:
         """Note a step. parts: loss, gradient norm, loss scale (None: 1), skipped; scalars on the device."""
         loss = parts[0]
         assert loss is not None
-        one = torch.ones((), device=loss.device)
-        figures = torch.stack([(one if p is None else p.detach()).to(loss.device, torch.float64) for p in parts])
+        figures: Any
+        if loss.device.type == "cpu":  # nothing to wait for
+            figures = [1.0 if p is None else float(p.detach()) for p in parts]
+        else:
+            one = torch.ones((), device=loss.device)
+            figures = torch.stack([(one if p is None else p.detach()).to(loss.device, torch.float64) for p in parts])
         self._unread.append((step, lr, figures, self.memory.now()))
 
     def read(self) -> None:
@@ -39,13 +43,16 @@ class Readings:
         if not unread:
             return
         trainer = self.trainer
-        figures = torch.stack([u[2] for u in unread]).tolist()
+        figures = [u[2] for u in unread]
+        if isinstance(figures[0], torch.Tensor):
+            figures = torch.stack(figures).tolist()
         times = self.clock.read()
         rows = []
         for (step, lr, _, memory), (loss, norm, scale, skipped), time_ms in zip(unread, figures, times, strict=True):
             bad = not math.isfinite(loss) or (trainer.scaler is None and not math.isfinite(norm))
             self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
-            rows.append(Row(step, loss, lr, scale, bool(skipped), bad, norm, time_ms, memory))
+            phase = len(trainer.history) - 1
+            rows.append(Row(step, loss, lr, scale, bool(skipped), bad, norm, time_ms, memory, phase=phase))
             if trainer.guard is None and self.bad_in_a_row >= trainer.config.nonfinite_limit:
                 break
         trainer.log.add(rows)

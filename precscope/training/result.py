@@ -22,7 +22,8 @@ class TrainResult:
     MemoryMeter. skipped_steps: the optimizer was not stepped. nonfinite_steps: the loss, or without a loss scale a
     gradient, was not finite (a loss scale that comes down skips steps; that is no failure). scale_history: (step, loss
     scale) at the start and at each change. evaluations: (steps done, held-out loss). precision: "fp32", "tf32", "bf16",
-    "fp16" or "plan". notes: what a reader should know of how it ran.
+    "fp16" or "plan". notes: what a reader should know of how it ran. best: the checkpoint with the lowest
+    held-out loss (keep_best=True), None where none is kept.
     """
 
     losses: tuple[float, ...]
@@ -38,6 +39,7 @@ class TrainResult:
     evaluations: tuple[tuple[int, float], ...] = ()
     notes: tuple[str, ...] = ()
     out: Path | None = None
+    best: Path | None = None
     plan: PrecisionPlan | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
