@@ -115,13 +115,13 @@ def test_a_plan_and_a_loss_scale_go_to_the_twins(folder):
 
 
 def test_guard_and_compilation_go_to_the_twins(folder):
-    train("bf16")
-    update_json(folder / "bf16/run.json", {"guard": {"action": "promote"}, "compile": {"backend": "eager"}})
+    train("bf16", guard="promote")
+    update_json(folder / "bf16/run.json", {"compile_config": {"backend": "eager"}})
     again = arguments(read_run(folder / "bf16"), None)
     assert again["guard"].action == "promote" and again["compile"].backend == "eager"
     twin = arguments(read_run(folder / "bf16"), "fp32")
     assert "guard" not in twin and twin["precision"] == "fp32" and twin["steps"] == 12
-    update_json(folder / "bf16/run.json", {"guard": None, "compile": False})
+    update_json(folder / "bf16/run.json", {"guard": None, "compile_config": None})
     assert not {"guard", "compile"} & set(arguments(read_run(folder / "bf16"), None))
 
 
@@ -258,6 +258,12 @@ def test_the_fp32_twin_stores_in_fp32_too(folder):
     twin = read_run(folder / "fp32-low-fp32")
     assert twin.is_fp32 and not read_run(folder / "fp32-low").is_fp32
     assert tuple(twin.log.loss) == train("fp32").losses
+    said = []
+    for _ in range(2):
+        (pair,) = ps.compare(["fp32-low-fp32", "fp32-low"], seeds=2, note=said.append).pairs
+        assert pair.seeds == (0, 1)
+    assert said[1::2] == ["fp32-low/seeds/0001: training", "fp32-low/seeds/0001: there already"]
+    assert read_run(folder / "fp32-low/seeds/0001").precision == read_run(folder / "fp32-low").precision
 
 
 def test_verify_keeps_its_hands_off_other_runs(folder):
@@ -272,7 +278,7 @@ def test_verify_keeps_its_hands_off_other_runs(folder):
     ps.verify("bf16")
     train("plan", precision="bf16", steps=14)
     before = started(folder / "bf16-fp32")
-    with pytest.raises(UsageError, match=r"bf16-fp32 holds another run \(its steps was 12, the run's is 14\)|its seed"):
+    with pytest.raises(UsageError, match=r"bf16-fp32 holds another run \(its seed was 1, the run's is 0\)"):
         ps.verify("plan", out="bf16-fp32")  # the twin of another run
     assert started(folder / "bf16-fp32") == before
 

@@ -130,6 +130,23 @@ def test_many_changes_of_plan_do_not_exhaust_recompilations():
     assert torch._dynamo.config.recompile_limit == limit
 
 
+def test_many_runs_in_one_process_do_not_exhaust_recompilations():
+    """All planned models run the same function: each run has PyTorch's limit of recompilations for itself."""
+    with torch._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=3, fail_on_recompile_limit_hit=True):
+        kept = [nn.Sequential(nn.Linear(8, width), nn.Linear(width, 1)) for width in (3, 4, 5)]
+        for model in kept:
+            result = train(regression(model=model), steps=2, plan=PrecisionPlan(default="bf16"), compile=CompileConfig(backend="eager"))
+            assert any("2 graphs" in note for note in result.notes), result.notes
+        limits = torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit
+        assert limits == (2, 3)
+
+
+def test_code_of_an_earlier_run_is_used_again_and_said():
+    first, second = (train(regression(), steps=2, plan=ISLAND, compile=traced) for _ in range(2))
+    assert first.losses == second.losses
+    assert any("all code was there from an earlier run" in note for note in second.notes), second.notes
+
+
 def test_shadowed_steps_run_eager_and_nothing_is_compiled_again(tmp_path):
     expected = train(regression(), steps=12, plan=ISLAND)
     found = train(regression(), steps=12, plan=ISLAND, compile=traced, out=tmp_path / "run", shadow_every=3)

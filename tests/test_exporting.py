@@ -53,12 +53,25 @@ assert "precscope" not in sys.modules
 """
 
 
+@pytest.mark.parametrize(("build", "plan"), [
+    (MLP, layers(ALTERNATING, "cast")), (MLP, PrecisionPlan.uniform("e4m3")), (ALL["lstm"], layers({"lstm": "bf16"})),
+], ids=["alternating", "8 bit", "recurrent"])  # fmt: skip
+def test_the_file_holds_plain_operations_that_give_the_same_numbers(build, plan, tmp_path):
+    model = make(build)
+    expected = planned(plan, model, X)
+    export(plan, model, (X,), out=tmp_path / "m.pt2")
+    program = torch.export.load(tmp_path / "m.pt2")
+    targets = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
+    assert targets and all(t.startswith(("aten.", "<built-in function getitem>")) for t in targets), targets
+    with torch.no_grad():
+        assert torch.equal(program.module()(X), expected)
+
+
+@pytest.mark.slow
 def test_loaded_without_precscope_it_gives_the_same_numbers_bit_for_bit(tmp_path):
-    """In a process that cannot import precscope: alternating layers under both policies, natively computed fp16, 8 bit
-    as fake quantisation, a recurrent model."""
+    """In a process that cannot import precscope: alternating layers, 8 bit as fake quantisation, a recurrent model."""
     cases = {
-        "autocast": (MLP, layers(ALTERNATING)), "cast": (MLP, layers(ALTERNATING, "cast")),
-        "fp16": (MLP, PrecisionPlan.uniform("fp16", policy="cast")), "e4m3": (MLP, PrecisionPlan.uniform("e4m3")),
+        "cast": (MLP, layers(ALTERNATING, "cast")), "e4m3": (MLP, PrecisionPlan.uniform("e4m3")),
         "lstm": (ALL["lstm"], layers({"lstm": "bf16"})),
     }  # fmt: skip
     expected = {}
@@ -94,8 +107,10 @@ def test_the_graph_holds_the_casts_of_the_plan(tmp_path):
     assert max(map(len, str(result).splitlines()[1:])) <= 80
 
 
-@pytest.mark.parametrize("name", ["structured", "in_place", "tied", "shared", "checkpoint", "empty", "conv", "lstm"])
-@pytest.mark.parametrize("policy", ["autocast", "cast"])
+@pytest.mark.parametrize(("policy", "name"), [
+    *(("autocast", n) for n in ("structured", "in_place", "tied", "shared", "checkpoint", "empty", "conv", "lstm")),
+    *(("cast", n) for n in ("in_place", "tied", "lstm")),
+])  # fmt: skip
 def test_models_of_all_kinds(name, policy, tmp_path):
     model = make(ALL[name])
     result = export(PrecisionPlan.uniform("bf16", policy=policy), model, (X,), out=tmp_path / "m.pt2")
@@ -172,6 +187,34 @@ def test_a_program_that_computes_something_else_is_not_written(tmp_path):
     assert path.exists() and not result.equal and "relative difference 1 to the planned model" in str(result)
 
 
+def test_the_file_itself_is_run_and_not_only_what_it_was_made_of(tmp_path, monkeypatch):
+    """A file that was damaged on its way to the disk is not given its name."""
+    save = torch.export.save
+
+    def damaged(made, file, **more):
+        with torch.no_grad():
+            made.state_dict["fc1.weight"].mul_(2)
+        save(made, file, **more)
+
+    monkeypatch.setattr(torch.export, "save", damaged)
+    with pytest.raises(RunError, match="does not compute what the planned model does .*: not written"):
+        export(PrecisionPlan.uniform("bf16", policy="cast"), make(), (X,), out=tmp_path / "m.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["m.pt2", "m.onnx"])
+def test_a_model_without_an_output_is_refused(name, tmp_path):
+    class Silent(MLP):
+        def forward(self, x):
+            super().forward(x)
+
+    if name == "m.onnx":
+        pytest.importorskip("onnxscript")
+    with pytest.raises(ModelError, match="the model returns no tensor on the example inputs"):
+        export(PrecisionPlan.uniform("bf16"), make(Silent), (X,), out=tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_that_cannot_be_traced_says_why(tmp_path):
     class Branches(MLP):
         def forward(self, x):
@@ -230,7 +273,7 @@ def values(onnx, path, x):
 @pytest.mark.parametrize("policy", ["autocast", "cast"])
 def test_onnx_has_the_casts_in_place_and_runs(policy, onnx, tmp_path):
     model, plan = make(), layers({"fc1": "fp16"}, policy)
-    result = export(plan, model, (X,), out=tmp_path / "m.onnx", dynamic_batch=True)
+    result = export(plan, model, (X,), out=tmp_path / "m.onnx", dynamic_batch=True, opset=20)
     graph = onnx.load(str(tmp_path / "m.onnx")).graph
     assert [n.op_type for n in graph.node] == ["Cast", "Gemm", "Cast", "Gelu", "Gemm"]
     kinds = {i.name: onnx.TensorProto.DataType.Name(i.data_type) for i in graph.initializer}
@@ -241,6 +284,7 @@ def test_onnx_has_the_casts_in_place_and_runs(policy, onnx, tmp_path):
         expected = planned(plan, model, X[:4])
     got = values(onnx, tmp_path / "m.onnx", X[:4])
     assert float((got - expected).norm() / expected.norm()) < 2**-10, "an ulp of fp16"
+    assert onnx.load(str(tmp_path / "m.onnx")).opset_import[0].version == 20
     metadata = {p.key: p.value for p in onnx.load(str(tmp_path / "m.onnx")).metadata_props}
     assert json.loads(metadata["precscope"])["plan"]["modules"]["fc1"]["compute"] == "fp16"
 
@@ -254,6 +298,14 @@ def test_bf16_that_onnxruntime_cannot_run_is_not_written_unnoticed(onnx, tmp_pat
     assert path.exists() and (result.checked, result.equal) == ("", None)
     said = " ".join(str(result).split())
     assert "this file may run on GPUs only" in said and "the file was not run" in said
+
+
+def test_an_opset_that_torch_cannot_write_is_refused(onnx, tmp_path, capfd):
+    with pytest.raises(
+        ModelError, match=r"cannot write this model in opset 3, only in \d+: leave opset= .--opset. out"
+    ):
+        export(layers({"fc1": "fp16"}), make(), (X,), out=tmp_path / "m.onnx", opset=3)
+    assert not list(tmp_path.iterdir()) and capfd.readouterr() == ("", "")
 
 
 def test_emulated_8_bit_formats_do_not_go_to_onnx(onnx, tmp_path):
@@ -280,12 +332,19 @@ def make():
 """
 
 
-def test_the_command(precscope_cli, tmp_path):
+def test_the_command(tmp_path, monkeypatch, capsys):
+    from precscope.cli import main
+
     (tmp_path / "task.py").write_text(TASK)
     PrecisionPlan(modules={"0": "bf16"}).save(tmp_path / "plan.json")
-    done = precscope_cli("export", "task.py:make", "--plan", "plan.json", "--out", "m.pt2", "--dynamic-batch")
-    assert done.returncode == 0, done.stderr
-    assert "equal to the planned model, bit for bit" in done.stdout and "wrote m.pt2" in done.stdout
-    assert "next: precscope infer task.py:make --plan plan.json" in done.stdout and not done.stderr
+    monkeypatch.chdir(tmp_path)
+    line = "precscope export task.py:make --plan plan.json --out m.pt2 --dynamic-batch"
+    monkeypatch.setattr("sys.argv", line.split())
+    with pytest.raises(SystemExit) as stop:
+        main()
+    said = capsys.readouterr()
+    assert not stop.value.code and not said.err
+    assert "equal to the planned model, bit for bit" in said.out and "wrote m.pt2" in said.out
+    assert "next: precscope infer task.py:make --plan plan.json" in said.out
     with torch.no_grad():
         assert torch.export.load(tmp_path / "m.pt2").module()(torch.ones(3, 16)).shape == (3, 4)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 import warnings
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from guarded import CASES, STEPS, growing, noisy
 from torch import nn
 
@@ -122,6 +127,8 @@ def test_going_back_loses_no_step(in_fp32, tmp_path):
     events = read_events(out)
     assert [e.action for e in events] == ["none", "rollback", "promote"]
     assert events[1].numbers["to"] == 25 and events[2].step == events[0].step, "before the failing step is taken"
+    failing = events[0].step
+    assert Profile.load(out).steps == list(range(failing - 5, failing + 5)), "the replayed steps are recorded, too"
 
 
 def test_going_back_in_memory_without_a_run_directory(in_fp32):
@@ -152,8 +159,9 @@ def test_warns_in_words():
 # a healthy run
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("action", ["skip", "promote", "rollback"])
+@pytest.mark.parametrize(
+    ("action", "precision"), [("skip", "fp32"), ("promote", "bf16"), ("promote", "fp16"), ("rollback", "fp16")]
+)
 def test_a_guard_that_sees_nothing_changes_nothing(action, precision, tmp_path):
     tiny = partial(make_task, partial(gpt, "tiny"))
     runs = []
@@ -167,12 +175,12 @@ def test_a_guard_that_sees_nothing_changes_nothing(action, precision, tmp_path):
 
 
 @pytest.mark.parametrize("heavy", [False, True])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_noise_raises_no_alarm(seed, heavy, tmp_path):
     plain = noisy(seed, heavy=heavy)
-    train(plain, precision="fp16", steps=150, lr=3e-3)
+    train(plain, precision="fp16", steps=100, lr=3e-3)
     task = noisy(seed, heavy=heavy)
-    train(task, precision="fp16", steps=150, lr=3e-3, guard="promote", out=tmp_path / "run")
+    train(task, precision="fp16", steps=100, lr=3e-3, guard="promote", out=tmp_path / "run")
     assert read_events(tmp_path / "run") == []
     assert torch.equal(parameters(task), parameters(plain)), "a look at a suspect leaves no trace"
 
@@ -180,7 +188,9 @@ def test_noise_raises_no_alarm(seed, heavy, tmp_path):
 # resuming
 
 
-@pytest.mark.parametrize(("action", "dies"), [("promote", 41), ("promote", 65), ("rollback", 55)])
+@pytest.mark.parametrize(("action", "dies"), [
+    pytest.param("promote", 41, marks=pytest.mark.slow), ("promote", 65), ("rollback", 55)
+])  # fmt: skip
 def test_a_killed_run_under_a_guard_resumes_bit_identically(action, dies, tmp_path):
     def run(out, task, **more):
         guard = GuardConfig(action=action, quiet_steps=30)
@@ -415,6 +425,36 @@ def test_a_new_level_of_gradients_becomes_usual():
     assert limit.allows(yes, torch.tensor(50.0)), "inf does not enter the median"
 
 
+def test_going_back_from_a_spike_that_is_no_matter_of_precision_leaves_its_steps_out(tmp_path):
+    def task():
+        made = growing("middle")
+        batches = list(made.batches)
+        made.batches = lambda step: (
+            batches[step % 8] if step not in (90, 91, 92) else (batches[0][0], 30 * batches[0][1])
+        )
+        made.after_step, made.optimizer = None, partial(torch.optim.SGD, lr=0.1)
+        return made
+
+    settings = {"precision": "bf16", "steps": 110, "lr": 0.1, "grad_clip": None}
+    result = train(task(), guard="rollback", out=tmp_path / "run", **settings)
+    assert [e.action for e in read_events(tmp_path / "run")] == ["rollback", "skip"]
+    assert "not a matter of precision" in read_events(tmp_path / "run")[-1].text
+    assert result.skipped_steps == 3
+    assert result.eval_loss < 0.9 * train(task(), **settings).eval_loss
+
+
+def test_what_cannot_be_looked_at_again_promotes_the_whole_model(in_fp32, tmp_path):
+    """A generator, and two micro-batches a step: the first of them cannot be read again."""
+    task = growing("middle")
+    batches = list(task.batches)
+    task.batches = (batches[i // 2 % 8] for i in range(2 * STEPS))
+    result = train(task, precision="fp16", guard="rollback", out=tmp_path / "run", accumulate=2, **RUN)
+    events = read_events(tmp_path / "run")
+    assert [(e.kind, e.action, e.module) for e in events][-1] == ("unexplained", "promote", "(all)")
+    assert "cannot go back" in events[-1].text and result.plan.default.compute == "bf16"
+    assert result.eval_loss == pytest.approx(in_fp32["middle"], rel=0.02)
+
+
 # quiet again
 
 
@@ -460,6 +500,25 @@ def test_a_retry_that_fails_later_is_taken_back(tmp_path):
     assert [e.action for e in events] == ["promote", "retry", "promote"]
     assert "back to the safer format of wide, for twice as long" in events[-1].text
     assert result.plan["wide"].compute == "bf16"
+
+
+def test_harm_that_never_shows_is_found_by_comparing_with_fp32(tmp_path):
+    """bf16 from the first step on, loss and norm as usual: positions beyond 256 are not told apart."""
+
+    class Positions(nn.Module):
+        def forward(self, x):
+            return torch.sin(x.to(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype) * 7)
+
+    torch.manual_seed(0)
+    inputs = torch.arange(512.0).reshape(8, 64, 1)
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), Positions(), nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+    nn.init.ones_(model[0].weight).requires_grad_(False)
+    batches = [(x, torch.sin(x * 7)) for x in inputs]
+    task = Task(model=model, loss=lambda m, b: F.mse_loss(m(b[0]).float(), b[1]), batches=batches)
+    train(task, precision="bf16", guard="promote", out=tmp_path / "run", steps=30)
+    (event,) = read_events(tmp_path / "run")
+    assert (event.step, event.kind, event.action) == (19, "harm", "promote")
+    assert set(event.numbers["modules"]) <= {"0", "1"} and "off that of fp32" in event.text
 
 
 # what is recorded
@@ -608,3 +667,34 @@ def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(UsageError, match=message):
         GuardConfig(**settings)
     assert GuardConfig(quiet_steps=None, dense_steps=0).action == "warn"
+
+
+# several processes
+
+_WORKER = """
+import os, sys, warnings
+sys.path[:0] = {paths!r}
+warnings.simplefilter("ignore")
+from guarded import STEPS, growing
+from precscope.training import train
+result = train(growing("squares"), precision="fp16", guard="rollback", strategy=sys.argv[1], out=sys.argv[2],
+               steps=STEPS, lr=3e-3, checkpoint_every=20)
+with open(f"ended-{{os.environ['RANK']}}", "w") as file:
+    file.write(f"{{result.eval_loss!r}} {{result.plan['body.2'].compute}}")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_several_processes_act_alike(strategy, in_fp32, tmp_path):
+    here = Path(__file__).parent
+    (tmp_path / "work.py").write_text(_WORKER.format(paths=[str(here), str(here.parent)]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "work.py"), strategy, str(tmp_path / "run")],
+        capture_output=True, text=True, timeout=200, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "ended-0").read_text() == (tmp_path / "ended-1").read_text()
+    assert [e.action for e in read_events(tmp_path / "run")] == ["rollback", "promote"]
+    assert {e.module for e in read_events(tmp_path / "run")} == {"body.2"}

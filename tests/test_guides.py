@@ -21,29 +21,54 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(p for p in (ROOT / "docs" / "guide").glob("*.md") if p.name != "README.md")
+LONG = dict.fromkeys(("distributed", "inference"), pytest.mark.slow)
+"""Pages that take more than a few seconds: several processes, torch.export and ONNX."""
 SHOWN = {"", "sh", "bash", "text", "json", "toml", "yaml"}
 _FENCE = re.compile(r"^```(\w*)(.*)$")
 
-DRIVER = """
-import json, sys, traceback
+SERVER = """
+import gc, json, os, signal, sys, traceback
+import pandas, pyarrow.parquet, torch
+import precscope.comparison, precscope.profiling, precscope.training
 from precscope.cli import main
 
-names = {"__name__": "__main__"}
-for step in json.load(open(sys.argv[1])):
-    where = f"{step['page']}:{step['line']}"
-    print(f"--- {step['kind']} at {where}", flush=True)
-    if step["kind"] == "file":
-        open(step["name"], "w").write(step["text"])
-    elif step["kind"] == "python":
-        exec(compile("\\n" * step["line"] + step["text"], step["page"], "exec"), names)
-    else:
-        sys.argv = step["command"]
+gc.freeze()  # the trainer collects garbage: not again in what each page has from here
+
+def page():
+    names = {"__name__": "__main__"}
+    for step in json.load(open(".steps.json")):
+        where = f"{step['page']}:{step['line']}"
+        print(f"--- {step['kind']} at {where}", flush=True)
+        if step["kind"] == "file":
+            open(step["name"], "w").write(step["text"])
+        elif step["kind"] == "python":
+            exec(compile("\\n" * step["line"] + step["text"], step["page"], "exec"), names)
+        else:
+            sys.argv = step["command"]
+            try:
+                main()
+                status = 0
+            except SystemExit as end:
+                status = end.code or 0
+            assert status == step["status"], f"{where}: {' '.join(step['command'])} ended with {status}"
+
+for folder in sys.stdin:
+    child = os.fork()
+    if not child:
+        os.chdir(folder.strip())
+        for stream in (1, 2):
+            os.dup2(os.open(".said", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        signal.alarm(240)
+        status = 1
         try:
-            main()
+            page()
             status = 0
-        except SystemExit as end:
-            status = end.code or 0
-        assert status == step["status"], f"{where}: {' '.join(step['command'])} ended with {status}"
+        except BaseException:
+            sys.stdout.flush()
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -110,18 +135,28 @@ def _commands(lines: list[str], page: str, start: int) -> list[Step]:
     return found
 
 
-def run(steps: list[Step], folder: Path) -> str:
-    """Run the steps in a process of their own; what it printed."""
-    (folder / ".steps.json").write_text(json.dumps([asdict(s) for s in steps]))
+@pytest.fixture(scope="module")
+def run():
+    """Runs steps in a folder, in a process of their own; what it printed. The process is a fork of one that has torch
+    imported: importing it for each page would take longer than most pages."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
-    done = subprocess.run([sys.executable, "-c", DRIVER, ".steps.json"], cwd=folder, env=environment, timeout=240,
-                          capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
+    with subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          env=environment) as server:  # fmt: skip
+
+        def run(steps: list[Step], folder: Path) -> str:
+            (folder / ".steps.json").write_text(json.dumps([asdict(s) for s in steps]))
+            print(folder, file=server.stdin, flush=True)
+            status = server.stdout.readline().strip()
+            said = (folder / ".said").read_text()
+            assert status == "0", f"status {status}\n{said[-5000:]}"
+            return said
+
+        yield run
+        server.stdin.close()
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
-def test_page_runs(path, tmp_path):
+@pytest.mark.parametrize("path", [pytest.param(p, id=p.stem, marks=LONG.get(p.stem, ())) for p in PAGES])
+def test_page_runs(path, tmp_path, run):
     steps = steps_of(path.read_text(encoding="utf-8"), f"docs/guide/{path.name}")
     needs = re.search(r"<!-- needs: ([\w.]+) -->", path.read_text(encoding="utf-8"))
     if not steps and needs:
@@ -140,9 +175,10 @@ def readme_steps() -> list[Step]:
     whole; one that holds `...` is a sketch."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = [s for s in steps_of(text, "README.md") if s.kind == "file" or not _is_sketch(s.text)]
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.startswith("    precscope ") and not line.startswith("    precscope bench"):
-            blocks += _commands([line.strip()], "README.md", number)
+    indented = re.compile(r"^    (precscope (?!bench)(?:.*\\\n)*.*)$", re.MULTILINE)
+    for found in indented.finditer(text):
+        line = text.count("\n", 0, found.start()) + 1
+        blocks += _commands(_joined(found[1].splitlines()), "README.md", line)
     return sorted(blocks, key=lambda s: s.line)
 
 
@@ -159,7 +195,7 @@ def test_readme_has_the_whole_loop():
 
 
 @pytest.mark.slow
-def test_readme_runs(tmp_path):
+def test_readme_runs(tmp_path, run):
     run(readme_steps(), tmp_path)
     assert (tmp_path / "plan.json").exists() and (tmp_path / "reports" / "a.html").exists()
 
@@ -223,10 +259,11 @@ def test_mistakes_in_pages_are_told(text, message):
         steps_of(text, "page.md")
 
 
-def test_a_page_that_fails_fails(tmp_path):
+def test_a_page_that_fails_fails(tmp_path, run):
     page = "```python\nimport precscope as ps\nx = 3\n```\n\n```python\nassert ps.get_format('fp16').max == x\n```\n"
     with pytest.raises(AssertionError, match=r'File "page.md", line 7'):
         run(steps_of(page, "page.md"), tmp_path)
+    (tmp_path / ".said").unlink()
     page = "```console\n$ precscope ask runs/none fp16\n```\n"
     with pytest.raises(AssertionError, match="precscope ask runs/none fp16 ended with 1"):
         run(steps_of(page, "page.md"), tmp_path)

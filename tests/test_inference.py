@@ -15,7 +15,7 @@ from torch import nn
 from precscope import PrecisionPlan, Task, apply, train
 from precscope.batches import seed_everything
 from precscope.errors import PlanError, RunDirectoryError, TaskError, UsageError
-from precscope.inference import infer
+from precscope.inference import Answer, Latency, infer
 from precscope.training.halfmatmul import half_matmul_through_fp32, needs_half_matmul
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -250,7 +250,7 @@ def test_a_loss_that_fails_or_calls_twice_leaves_the_batch_to_the_model():
 
     data = [(x,) for x, _ in batches()]
     result = infer(Task(model=MLP(), loss=needs_gradients, batches=data), precision="bf16", repeats=0, batches=2)
-    assert result.loss is None and any("no loss: it cannot be run without gradients" in n for n in result.notes)
+    assert result.loss is None and any("no loss: it fails without gradients" in n for n in result.notes)
     assert result.call.startswith("model(*batch): the loss cannot be run without gradients")
     twice = Task(model=MLP(), loss=lambda m, b: (m(b[0]) - m(-b[0])).mean(), batches=data)
     result = infer(twice, precision="bf16", repeats=0, batches=1)
@@ -278,6 +278,40 @@ def test_what_overflows_is_counted_and_told():
     assert (result.nonfinite, result.outputs[0].nonfinite_reference, result.outputs[0].count) == (3, 0, 12)
     assert math.isfinite(result.relative_l2), "the error is that of the finite elements"
     assert "output output: 3 of 12 values are inf or NaN in fp16 and 0 in fp32" in " ".join(str(result).split())
+
+
+def test_where_nothing_is_finite_no_error_is_claimed():
+    model = nn.Linear(8, 4)
+    with torch.no_grad():
+        model.bias.fill_(7e4)  # beyond fp16: every logit becomes inf
+    result = infer(classify(model), precision="fp16", repeats=0)
+    (row,) = result.outputs
+    assert all(map(math.isnan, (row.relative_l2, row.sqnr_db, row.max_abs, result.relative_l2)))
+    assert (row.nonfinite, row.nonfinite_reference, row.count) == (72, 0, 72) and "exact" not in str(result)
+    assert (result.answer.agreement, result.answer.count) == (0.0, 18), "inf in all classes is no answer"
+    with torch.no_grad():
+        model.bias.fill_(math.nan)
+    broken = infer(classify(model), precision="bf16", repeats=0)
+    assert math.isnan(broken.relative_l2) and broken.answer.agreement == 0.0
+    assert infer(classify(model), precision="bf16", repeats=0, answer="sign").answer.agreement == 0.0
+
+
+def test_hundred_percent_means_all():
+    assert "at 100% of 64 positions" in str(Answer("top-1", 1.0, 64, "as asked"))
+    assert "at all but 3 of 1,000,000 positions" in str(Answer("tokens", 1 - 3e-6, 1_000_000, "as asked"))
+    assert "at 98.44% of 64 positions" in str(Answer("sign", 63 / 64, 64, "as asked"))
+
+
+def test_batches_whose_outputs_differ_are_refused():
+    class Sometimes(MLP):
+        def forward(self, x):
+            y = super().forward(x)
+            return {"first": y} if len(x) == 6 else {"other": y}
+
+    data = [*batches(1), *batches(1, size=5)]
+    task = classify(Sometimes, eval_batches=data, forward=lambda m, b: m(b[0]))
+    with pytest.raises(TaskError, match="returned first for the first batch and other for another: compare outputs"):
+        infer(task, precision="bf16", repeats=0)
 
 
 def test_a_mask_of_infinities_is_no_difference():
@@ -311,6 +345,9 @@ def test_latency_in_pairs_and_none():
     assert latency.ms > 0 and latency.reference_ms > 0
     result = infer(task, precision="bf16", repeats=0)
     assert result.latency.pairs == 0 and math.isnan(result.latency.ratio) and "ms per batch" not in str(result)
+    said = " ".join(str(dataclasses.replace(result, latency=Latency(2.0, 1.0, 2.0, 0.8, 2.5, 4))).split())
+    assert "2.00x faster" in said
+    assert "medians of 4 pairs of runs in turns, half of them between 1.25x slower and 2.50x faster" in said
 
 
 @pytest.mark.skipif(not needs_half_matmul(), reason="this CPU multiplies fp16 matrices")
@@ -349,7 +386,7 @@ def test_training_batches_where_there_are_no_others():
     assert (result.batches, result.held_out) == (2, False) and "2 training batches" in str(result)
 
 
-def test_the_file_and_the_table(tmp_path):
+def test_the_file_and_the_table(tmp_path, monkeypatch):
     result = infer(classify(MLP), plan=PrecisionPlan.uniform("fp16"), repeats=2, out=tmp_path / "deep" / "infer")
     content = json.loads((tmp_path / "deep" / "infer" / "infer.json").read_text())
     assert (content["schema"], content["kind"], content["batches"]) == (1, "inference", 3)
@@ -357,6 +394,8 @@ def test_the_file_and_the_table(tmp_path):
     assert content["plan"]["default"]["compute"] == "fp16" and content["about"]["torch"] == torch.__version__
     assert content == json.loads(json.dumps(result.to_dict()))
     assert max(map(len, str(result).splitlines())) <= 80
+    monkeypatch.setenv("COLUMNS", "62")
+    assert 60 <= max(map(len, str(result).splitlines())) <= 62
     with pytest.raises(RunDirectoryError, match="cannot make .*infer.json.*choose another directory"):
         infer(classify(MLP), precision="bf16", repeats=0, out=tmp_path / "deep" / "infer" / "infer.json")
 
@@ -397,12 +436,20 @@ def make():
 """
 
 
-def test_the_command(precscope_cli, tmp_path):
+def test_the_command(tmp_path, monkeypatch, capsys):
+    from precscope.cli import main
+
     (tmp_path / "task.py").write_text(TASK)
     PrecisionPlan(modules={"0": "bf16"}).save(tmp_path / "plan.json")
-    done = precscope_cli("infer", "task.py:make", "--plan", "plan.json", "--repeats", 2, "--out", "runs/infer")
-    assert done.returncode == 0, done.stderr
-    assert "beside fp32, 2 held-out batches on" in done.stdout and "answer: the same class at" in done.stdout
-    assert "wrote runs/infer/infer.json" in done.stdout
-    assert "next: precscope export task.py:make --plan plan.json --out model.pt2" in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 80 and not done.stderr
+    monkeypatch.chdir(tmp_path)
+    line = "precscope infer task.py:make --plan plan.json --repeats 2 --out runs/infer"
+    monkeypatch.setattr("sys.argv", line.split())
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        main()
+    said = capsys.readouterr()
+    assert not stop.value.code and not said.err
+    assert "beside fp32, 2 held-out batches on" in said.out and "answer: the same class at" in said.out
+    assert "wrote runs/infer/infer.json" in said.out
+    assert "next: precscope export task.py:make --plan plan.json --out model.pt2" in said.out
+    assert max(map(len, said.out.splitlines())) <= 80

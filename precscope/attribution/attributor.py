@@ -267,12 +267,15 @@ class Attribution:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module under torch.compile, DistributedDataParallel and DataParallel. Raises ModelError for anything else."""
+    """The module under torch.compile, DistributedDataParallel, DataParallel and Fabric. Raises ModelError for anything
+    else."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(getattr(model, "_forward_module", None), nn.Module) and hasattr(model, "_original_module"):
+            model = model._forward_module  # type: ignore[assignment]  # of Lightning Fabric
         elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
         else:

@@ -258,9 +258,11 @@ def changed(run: Run, twin: Run, *, precision: str | None = None) -> str:
 
 def different_settings(run: Run, other: Run) -> list[str]:
     """Names of the trainer's settings that differ, without those that change no figure. A setting that one of the
-    two does not know (an older run) counts as equal."""
+    two does not know (an older run) counts as equal. What parameters are stored in is part of a plan, where both have
+    one."""
     mine, theirs = run.settings, other.settings
-    return [name for name in mine if name in theirs and name not in _HARMLESS and mine[name] != theirs[name]]
+    apart = _HARMLESS | ({"params"} if run.precision == other.precision == "plan" else set())
+    return [name for name in mine if name in theirs and name not in apart and mine[name] != theirs[name]]
 
 
 def first_scale(run: Run) -> float:

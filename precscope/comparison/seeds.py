@@ -200,5 +200,5 @@ def arguments(run: Run, precision: str | None) -> dict[str, Any]:
             "initial_scale": first_scale(run) if word == "fp16" and precision is None else None,
         }
     else:
-        found["plan"] = PrecisionPlan.load(run.plan_file)
+        found |= {"plan": PrecisionPlan.load(run.plan_file), "params": None}  # the plan says it
     return found

@@ -51,11 +51,11 @@ def write(program: ExportedProgram, path: Path, *, opset: int | None, about: dic
     """Write `program` to `path` and return its ModelProto, weights included where they are below 2 GB.
 
     Optimised by onnxscript, unless the result is not valid ONNX; in a newer opset where it is not in torch's default
-    one either. about: kept in the file's metadata. Raises ModelError
-    where torch cannot convert the program.
+    one either, and none was asked for. about: kept in the file's metadata. Raises ModelError where torch cannot convert
+    the program, or not to this opset.
     """
     problem: Exception = ModelError("")
-    for optimize, version in ((True, opset), (False, opset), (False, opset or _NEWER)):
+    for optimize, version in dict.fromkeys(((True, opset), (False, opset), (False, opset or _NEWER))):
         with _quiet():
             try:
                 made = torch.onnx.export(program, dynamo=True, verbose=False, optimize=optimize, opset_version=version)
@@ -66,10 +66,21 @@ def write(program: ExportedProgram, path: Path, *, opset: int | None, about: dic
         made.model.metadata_props.update(about)
         made.save(str(path))
         if (proto := _valid(path)) is not None:
+            _check_opset(proto, opset)
             return proto
     cause = problem.__cause__ or problem  # torch.onnx tells its steps in several lines, with the reason behind
     lines = [line for line in str(cause).strip().splitlines() if line.strip()] or ["the result is not valid ONNX"]
     raise ModelError(f"torch.onnx cannot convert this model ({lines[0]:.200}): export it to a .pt2 file instead")
+
+
+def _check_opset(proto: Any, wanted: int | None) -> None:
+    """Raises ModelError for another opset than the one asked for: torch.onnx keeps its own where it cannot convert."""
+    own = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), None)
+    if wanted is not None and own is not None and own != wanted:
+        raise ModelError(
+            f"torch.onnx cannot write this model in opset {wanted}, only in {own}: leave opset= (--opset) out, or ask "
+            "for a newer one"
+        )
 
 
 def _valid(path: Path) -> Any:
@@ -124,13 +135,16 @@ def weights(proto: Any) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch.onnx's log of what it lacks (torchvision) and warnings about its own insides."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without the logs of torch.onnx and onnxscript (what they lack, what they tried) and warnings about their insides.
+    What fails is told by exceptions, and by `_check_opset`."""
+    loggers = {logging.getLogger("torch.onnx"): logging.ERROR, logging.getLogger("onnxscript"): logging.CRITICAL}
+    before = {logger: logger.level for logger in loggers}
+    for logger, level in loggers.items():
+        logger.setLevel(level)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in before.items():
+            logger.setLevel(level)

@@ -18,7 +18,7 @@ from .. import __version__
 from ..applying import apply
 from ..attribution import unwrap
 from ..batches import preserved_rng
-from ..errors import RunDirectoryError, RunError, UsageError
+from ..errors import ModelError, RunDirectoryError, RunError, UsageError
 from ..formats import get_format
 from ..inference.calls import called_with, find_call
 from ..inference.running import checkpoint_of
@@ -54,7 +54,7 @@ def export(
     torch.export archive) or .onnx (needs onnx and onnxscript). run: a training run whose newest checkpoint gives the
     weights. dynamic_shapes: as torch.export.export takes them; dynamic_batch: the first dimension of each tensor input
     may change. opset: of ONNX; None: torch's default. check: run the file on the example inputs, and write none that
-    fails or disagrees.
+    fails or disagrees; without it a .pt2 is written although it disagrees, and an .onnx is not run.
 
     8-bit formats are emulated: a .pt2 holds their rounding as plain operations (fake quantisation), ONNX has no
     operations for it. The model is exported in evaluation mode and left as found.
@@ -104,17 +104,20 @@ class _Job:
         with apply(self.plan, self.model) as handle:
             self.notes += handle.notes
             planned = program.planned_outputs(self.model, self.arguments, self.through)
+        if not planned:
+            raise ModelError("the model returns no tensor on the example inputs: a file of it would have no output")
         with apply(program.traceable(self.plan, self.model), self.model):
             traced = program.trace(self.model, self.arguments, dynamic_shapes=shapes)
             chosen, got = self._with_casts(traced, planned)
             self._must_agree(planned, got)
-            return self._onnx(chosen, planned, wide, opset) if wide else self._pt2(chosen, planned, got)
+            return self._onnx(chosen, planned, wide, opset) if wide else self._pt2(chosen, planned)
 
     def _half_products(self) -> program.Around:
         """What goes around each run here: fp16 products on a CPU without them are computed as the trainer does."""
         if "fp16" not in self.formats or own_device(self.model).type != "cpu" or not needs_half_matmul():
             return contextlib.nullcontext
-        self.notes.append("fp16 products were computed through fp32 for the check: this CPU has none of its own")
+        if self.check:
+            self.notes.append("fp16 products were computed through fp32 for the check: this CPU has none of its own")
         return half_matmul_through_fp32
 
     def _must_agree(self, planned: list[Tensor], got: list[Tensor] | None) -> None:
@@ -129,13 +132,18 @@ class _Job:
                 + ": not written; check=False (--no-check) writes it all the same"
             )
 
-    def _pt2(self, chosen: ExportedProgram, planned: list[Tensor], got: list[Tensor] | None) -> Exported:
+    def _pt2(self, chosen: ExportedProgram, planned: list[Tensor]) -> Exported:
         chosen.example_inputs = None  # the user's data is no part of the model
-        with _beside(self.path) as temporary, open(temporary, "wb") as file:
-            torch.export.save(chosen, file, extra_files={"precscope.json": json.dumps(self._about(), indent=1)})
+        with _beside(self.path) as temporary:
+            with open(temporary, "wb") as file:
+                torch.export.save(chosen, file, extra_files={"precscope.json": json.dumps(self._about(), indent=1)})
+            with open(temporary, "rb") as file:
+                got = program.run(torch.export.load(file), self.arguments, self.through)
+            self._must_agree(planned, got)
         return Exported(
             self.path, "pt2", program.casts(chosen), program.regions(chosen), program.weights(chosen),
-            f"torch {torch.__version__}" if got is not None else "", program.same(planned, got) if got else None,
+            f"torch {torch.__version__}" if got is not None else "",
+            program.same(planned, got) if got is not None else None,
             program.distance(planned, got) if got is not None else None, tuple(self.notes),
         )  # fmt: skip
 

@@ -68,15 +68,16 @@ class Agreement:
         self.rule, self.agreeing, self.count = rule, 0, 0
 
     def add(self, reference: Mapping[str, Tensor], tensors: Mapping[str, Tensor], batch: Any) -> None:
-        """Take up one batch. A position whose logits are not all free of NaN agrees with nothing."""
+        """Take up one batch. Where either has NaN, or +inf among the logits of classes, there is no answer, and the
+        position counts as one that does not agree."""
         rule = self.rule
         if rule.kind == "none":
             return
         r, y = reference[rule.output], tensors[rule.output]
         if rule.kind == "sign":
-            same = ((r > 0) == (y > 0)) & ~y.isnan()
+            same = ((r > 0) == (y > 0)) & ~(r.isnan() | y.isnan())
         else:
-            same = (r.argmax(rule.dim) == y.argmax(rule.dim)) & ~y.isnan().any(rule.dim)
+            same = (r.argmax(rule.dim) == y.argmax(rule.dim)) & _told(r, rule.dim) & _told(y, rule.dim)
             target = named_tensors(batch, "batch").get(rule.target)
             if target is not None and target.shape == same.shape:
                 same = same[target.to(same.device) >= 0]
@@ -87,6 +88,11 @@ class Agreement:
         """The share of positions that agree, None where the rule says "none" or there was no position."""
         share = self.agreeing / self.count if self.count else None
         return Answer(kind=self.rule.kind, agreement=share, count=self.count, why=self.rule.why)
+
+
+def _told(logits: Tensor, dim: int) -> Tensor:
+    """Where logits have a largest one: no NaN, no +inf (a mask of -inf is fine)."""
+    return ~(logits.isnan() | logits.isposinf()).any(dim)
 
 
 def _targets(batch: Any, arguments: Any) -> dict[str, Tensor]:

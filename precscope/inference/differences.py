@@ -3,8 +3,8 @@
     relative L2    sqrt(sum (y - r)^2 / sum r^2)           r: the reference's values, y: the plan's
     SQNR           10 log10(sum r^2 / sum (y - r)^2) dB
 
-Sums are taken in fp64 over the elements that are finite in both. An element that is the same inf in both, or NaN in
-both (a mask, say), is no difference.
+Sums are taken in fp64 over the elements that are finite in both; NaN where there is none. An element that is the same
+inf in both, or NaN in both (a mask, say), is no difference.
 """
 
 from __future__ import annotations
@@ -53,7 +53,14 @@ class Differences:
         self._of: dict[str, _Sums] = {}
 
     def add(self, reference: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-        """Take up one batch. Raises TaskError where the two runs do not return the same tensors."""
+        """Take up one batch. Raises TaskError where the two runs, or this batch and the first one, do not return the
+        same tensors."""
+        if self._of and list(reference) != list(self._of):
+            raise TaskError(
+                f"the model returned {', '.join(self._of)} for the first batch and "
+                f"{', '.join(reference) or 'no tensor'} for another: compare outputs that each batch has, through "
+                "Task(forward=...)"
+            )
         if list(reference) != list(tensors):
             raise TaskError(
                 f"the model returned {', '.join(reference) or 'no tensor'} in fp32 and "
@@ -77,7 +84,7 @@ class _Sums:
     def __init__(self) -> None:
         self.shape: tuple[int, ...] = ()
         self.dtype = ""
-        self.count = self.nonfinite = self.nonfinite_reference = self.equal = 0
+        self.count = self.compared = self.nonfinite = self.nonfinite_reference = self.equal = 0
         self.signal = self.error = self.largest = 0.0
 
     def add(self, r: Tensor, y: Tensor) -> None:
@@ -90,6 +97,7 @@ class _Sums:
         self.nonfinite += int((~other.isfinite()).sum())
         self.nonfinite_reference += int((~wide.isfinite()).sum())
         both = wide.isfinite() & other.isfinite()
+        self.compared += int(both.sum())
         difference = torch.where(both, other - wide, 0.0)
         self.signal += float(torch.where(both, wide, 0.0).square().sum())
         self.error += float(difference.square().sum())
@@ -97,14 +105,16 @@ class _Sums:
             self.largest = max(self.largest, float(difference.abs().max()))
 
     def result(self, name: str) -> OutputDifference:
+        known = self.compared > 0 or not self.count
+        share = _ratio(self.error, self.signal) if known else math.nan
         return OutputDifference(
             name=name,
             shape=self.shape,
             dtype=self.dtype,
             count=self.count,
-            relative_l2=_ratio(self.error, self.signal) ** 0.5,
-            max_abs=self.largest,
-            sqnr_db=-10 * math.log10(share) if (share := _ratio(self.error, self.signal)) > 0 else math.inf,
+            relative_l2=share**0.5,
+            max_abs=self.largest if known else math.nan,
+            sqnr_db=math.inf if share == 0 else -10 * math.log10(share),
             equal=self.equal / self.count if self.count else 1.0,
             nonfinite=self.nonfinite,
             nonfinite_reference=self.nonfinite_reference,

@@ -9,17 +9,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..reporting.numbers import bytes_text, figure, fixed, number, percent, plural, shorten
-from ..reporting.text import columns
+from ..reporting.text import columns, line_width
 
 SCHEMA = 1
-_WIDTH = 80
+_WIDTH = 80  # at most; less on a narrower terminal
 
 
 @dataclass(frozen=True)
 class OutputDifference:
     """One output tensor, over all batches. shape: in the first batch. dtype: in low precision. relative_l2, max_abs,
-    sqnr_db: see differences.py (inf dB: no error). equal: share of elements that are equal, bit for bit up to the sign
-    of zero once both are wide. nonfinite, nonfinite_reference: inf and NaN elements in low precision and in fp32."""
+    sqnr_db: see differences.py (inf dB: no error; NaN: no element is finite in both). equal: share of elements that are
+    equal, bit for bit up to the sign of zero once both are wide. nonfinite, nonfinite_reference: inf and NaN elements
+    in low precision and in fp32."""
 
     name: str
     shape: tuple[int, ...]
@@ -47,7 +48,15 @@ class Answer:
         if self.agreement is None:
             return f"answer: not applicable ({self.why})"
         what = {"top-1": "the same class", "tokens": "the same token", "sign": "the same sign"}[self.kind]
-        return f"answer: {what} at {percent(self.agreement)}% of {self.count:,} positions ({self.why})"
+        return f"answer: {what} at {self._share()} of {self.count:,} positions ({self.why})"
+
+    def _share(self) -> str:
+        """100% means all of them."""
+        assert self.agreement is not None
+        shown = percent(self.agreement)
+        if shown == "100" and self.agreement < 1:
+            return f"all but {round(self.count * (1 - self.agreement)):,}"
+        return f"{shown}%"
 
 
 @dataclass(frozen=True)
@@ -117,8 +126,9 @@ class InferResult:
 
     @property
     def relative_l2(self) -> float:
-        """The largest relative error of an output; NaN where there is no floating output."""
-        return max((o.relative_l2 for o in self.outputs), default=math.nan)
+        """The largest relative error of an output; NaN where there is no floating output, or one of them has none."""
+        found = [o.relative_l2 for o in self.outputs]
+        return math.nan if any(map(math.isnan, found)) else max(found, default=math.nan)
 
     @property
     def nonfinite(self) -> int:
@@ -150,19 +160,18 @@ class InferResult:
             ),
         ]  # fmt: skip
         if t.pairs:
-            spread = f"{t.ratio:.2f}x faster" if t.ratio >= 1 else f"{1 / t.ratio:.2f}x slower"
-            rows.insert(0, ("ms per batch", figure(t.reference_ms), figure(t.ms), spread))
+            rows.insert(0, ("ms per batch", figure(t.reference_ms), figure(t.ms), _speed(t.ratio)))
         if self.loss is not None:
             change = f"{100 * self.loss.change:+.3f}%" if math.isfinite(self.loss.change) else ""
             rows.insert(0, ("loss", figure(self.loss.reference), figure(self.loss.value), change))
-        return columns(("", "fp32", self.precision, "change"), rows, width=_WIDTH)
+        return columns(("", "fp32", self.precision, "change"), rows, width=_width())
 
     def _timing(self) -> list[str]:
         t = self.latency
-        spread = f"{t.ratio_low:.2f}..{t.ratio_high:.2f}"
         if not t.pairs:
             return []
-        return [f"time: {plural(t.pairs, 'pair')} in turns, ratio fp32 / {self.precision} quartiles {spread}"]
+        spread = f", half of them between {_speed(t.ratio_low)} and {_speed(t.ratio_high)}" if t.pairs > 1 else ""
+        return [f"time: medians of {plural(t.pairs, 'pair')} of runs in turns{spread}"]
 
     def _outputs(self) -> list[str]:
         head = ("output", "shape", "relative error", "SQNR dB", "largest", "inf, NaN")
@@ -173,7 +182,7 @@ class InferResult:
             )
             for o in self.outputs
         ]  # fmt: skip
-        return columns(head, rows, left=(0, 1), width=_WIDTH) if rows else ["no floating output to compare"]
+        return columns(head, rows, left=(0, 1), width=_width()) if rows else ["no floating output to compare"]
 
     def _trouble(self) -> list[str]:
         found = []
@@ -181,7 +190,7 @@ class InferResult:
             if o.nonfinite > o.nonfinite_reference:
                 found.append(
                     f"output {o.name}: {o.nonfinite:,} of {o.count:,} values are inf or NaN in {self.precision} and "
-                    f"{o.nonfinite_reference:,} in fp32; the error is that of the finite ones"
+                    f"{o.nonfinite_reference:,} in fp32; the error is that of the finite ones, if there are any"
                 )
             elif o.nonfinite_reference:
                 found.append(f"output {o.name}: {o.nonfinite_reference:,} of {o.count:,} values are inf or NaN in fp32")
@@ -192,5 +201,14 @@ def _part(bytes_: int, of: int) -> str:
     return f"{bytes_ / of:.2f}x" if of else ""
 
 
+def _speed(ratio: float) -> str:
+    """Of fp32's time to the other's: "1.52x faster", "2.00x slower"."""
+    return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
+
+
+def _width() -> int:
+    return min(line_width(None), _WIDTH)
+
+
 def _wrapped(lines: list[str]) -> list[str]:
-    return [part for line in lines for part in textwrap.wrap(line, _WIDTH, subsequent_indent="  ")]
+    return [part for line in lines for part in textwrap.wrap(line, _width(), subsequent_indent="  ")]

@@ -172,7 +172,7 @@ class _Side:
     def _mean(self, losses: list[tuple[float, float] | str]) -> Loss | None:
         failed = [x for x in losses if isinstance(x, str)]
         if failed:
-            self.notes.append(f"no loss: it cannot be run without gradients ({failed[0]})")
+            self.notes.append(f"no loss: it fails without gradients or in this precision ({failed[0]})")
             return None
         pairs = [x for x in losses if not isinstance(x, str)]
         reference, value = (math.fsum(side) / len(pairs) for side in zip(*pairs, strict=True))

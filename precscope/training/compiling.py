@@ -19,9 +19,9 @@ import functools
 import shutil
 import statistics
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -97,6 +97,7 @@ class TorchCompile(Compiler):
     def __init__(self, config: CompileConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         require_compiler(config.backend, device)
+        self._called = False  # whether the loss function has called what `wrap` made
         self._eager: set[int] = set()  # steps
         self._compiled: dict[int, int] = {}  # step -> how many graphs were compiled in it
         self._replanned: list[int] = []
@@ -111,24 +112,29 @@ class TorchCompile(Compiler):
 
             if needs_half_matmul():
                 backend, options = functools.partial(inductor_through_fp32, **options), {}
-        return torch.compile(model, backend=backend, dynamic=config.dynamic, fullgraph=config.fullgraph, **options)  # type: ignore[call-overload]
+        compiled: Any = torch.compile(  # type: ignore[call-overload]
+            model, backend=backend, dynamic=config.dynamic, fullgraph=config.fullgraph, **options
+        )
+        self._hook = compiled.register_forward_pre_hook(self._note_call)
+        return compiled
+
+    def _note_call(self, model: nn.Module, args: Any) -> None:
+        self._called = True
+        self._hook.remove()
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Count from here on. A failure to compile becomes a TrainingError of one sentence."""
-        from torch._dynamo import config
-
         self._first = _counted()
-        self._graphs = self._first[0]
-        self._limit = before = config.recompile_limit
+        self._graphs = self._first.graphs
         try:
-            with backward_outside_autocast(), _failures_in_words():
+            with _more_recompilations() as self._one_more_plan, backward_outside_autocast(), _failures_in_words():
                 yield
         finally:
-            config.recompile_limit = before
+            self._hook.remove()
 
     def stepped(self, step: int, *, eager: bool) -> None:
-        graphs, _ = _counted()
+        graphs = _counted().graphs
         if eager:
             self._eager.add(step)
         else:
@@ -138,17 +144,14 @@ class TorchCompile(Compiler):
         self._graphs = graphs
 
     def replanned(self, step: int) -> None:
-        """PyTorch compiles a function anew so many times and then runs it uncompiled; each plan has that many."""
-        from torch._dynamo import config
-
         self._replanned.append(step)
-        config.recompile_limit += self._limit
+        self._one_more_plan()
 
     def describe(self, rows: list[Row]) -> dict[str, Any]:
         """backend, mode; graphs compiled, by step and in all (evaluation included), graph breaks of the model, steps
         from which on another plan was in force, recorded steps (eager), median milliseconds of either kind of step, and
         milliseconds that steps took longer because something was compiled in them."""
-        graphs, breaks = _counted()
+        now = _counted()
         known = {row.step: row.time_ms for row in rows}
         compiled = [t for s, t in known.items() if s not in self._eager and s not in self._compiled]
         eager = [known[s] for s in sorted(self._eager & known.keys())]
@@ -156,8 +159,8 @@ class TorchCompile(Compiler):
         return {
             "compile": {
                 **{name: value for name, value in asdict(self.config).items() if value not in (None, {})},
-                "graphs": graphs - self._first[0],
-                "graph_breaks": breaks - self._first[1],
+                "graphs": now.graphs - self._first.graphs,
+                "graph_breaks": now.breaks - self._first.breaks,
                 "graphs_at_step": {str(step): count for step, count in sorted(self._compiled.items())},
                 "replanned_at": list(self._replanned),
                 "eager_steps": len(eager),
@@ -169,7 +172,12 @@ class TorchCompile(Compiler):
 
     def notes(self, rows: list[Row]) -> tuple[str, ...]:
         said = self.describe(rows)["compile"]
-        if not said["graphs"] and said["eager_steps"] < len(rows):
+        if said["eager_steps"] >= len(rows):
+            return tuple(_words(said))
+        tried = _counted().tried > self._first.tried
+        if not said["graphs"] and self._called and not tried:
+            return (f"compiled with {said['backend']}: all code was there from an earlier run of this process",)
+        if not said["graphs"]:
             return (
                 "compile=True compiled nothing: the loss function calls no forward of the model that torch.compile "
                 "can trace (TORCH_LOGS=graph_breaks tells why)",
@@ -245,11 +253,44 @@ def _failures_in_words() -> Iterator[None]:
         ) from error
 
 
-def _counted() -> tuple[int, int]:
-    """Graphs that this process has compiled, and graph breaks it has met."""
+class _Counts(NamedTuple):
+    """What this process has done so far: graphs compiled, graph breaks met, functions it tried to compile."""
+
+    graphs: int
+    breaks: int
+    tried: int
+
+
+def _counted() -> _Counts:
     from torch._dynamo.utils import counters
 
-    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    breaks = sum(counters["graph_break"].values())
+    return _Counts(counters["stats"]["unique_graphs"], breaks, counters["frames"]["total"])
+
+
+_plans = 0
+"""How many plans the runs of this process have compiled."""
+
+
+@contextlib.contextmanager
+def _more_recompilations() -> Iterator[Callable[[], None]]:
+    """PyTorch compiles a function anew so many times in a process, whichever model it is called with, and then runs it
+    uncompiled: inside, every plan of every run has that many. Yields what is to be called for each further plan."""
+    from torch._dynamo import config
+
+    limits = before, most = config.recompile_limit, config.accumulated_recompile_limit
+
+    def one_more() -> None:
+        global _plans
+        _plans += 1
+        config.recompile_limit = before * _plans
+        config.accumulated_recompile_limit = max(most, before * _plans)
+
+    one_more()
+    try:
+        yield one_more
+    finally:
+        config.recompile_limit, config.accumulated_recompile_limit = limits
 
 
 def _words(said: dict[str, Any]) -> Iterator[str]:

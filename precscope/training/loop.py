@@ -109,7 +109,7 @@ class Trainer:
             eval_loss = self._final_evaluation()
             self.log.flush()
             result = self._result(eval_loss)
-            described = {**result.to_dict(), **self.compiler.describe(self.log.rows)}
+            described = {**result.to_dict(), "note": "; ".join(self.said()), **self.compiler.describe(self.log.rows)}
             write_run_json(self.out if self.engine.main else None, described)
             persistence.save_model(self)
         return result
@@ -162,7 +162,7 @@ class Trainer:
         scale = self.precision.scale()
         self.precision.unscale(self.optimizer)
         if shadowed:
-            self.shadows.run(self.watch, self.loss_of, loss)
+            self.shadows.run(self.watch, self.loss_of, loss, processes=self.engine.world)
         grads = gradients(self.optimizer)
         if not grads:
             raise TaskError("no parameter got a gradient: does the loss depend on what the optimizer holds?")
@@ -289,8 +289,13 @@ class Trainer:
         """Mean loss over the held-out batches in this run's precision; random streams and modes are put back."""
         return evaluate(self.task, precision=self.precision, limit=self.config.eval_limit, model=self.forward_model)
 
+    def said(self) -> list[str]:
+        """What a reader should know of how it runs: of precision, processes, storage, and of this run."""
+        return [
+            *self.precision.describe()["notes"], *self.engine.notes, *getattr(self.optimizer, "notes", ()), *self.notes
+        ]  # fmt: skip
+
     def _result(self, eval_loss: float | None) -> TrainResult:
-        described, stored = self.precision.describe(), getattr(self.optimizer, "notes", ())
         return TrainResult.from_rows(
             self.log.rows,
             scaled=any(row.scale != 1 for row in self.log.rows) or self.scaler is not None,
@@ -299,13 +304,7 @@ class Trainer:
             precision=self.precision.word,
             steps=self.config.steps,
             evaluations=tuple(self.evaluations),
-            notes=(
-                *described["notes"],
-                *self.engine.notes,
-                *stored,
-                *self.notes,
-                *self.compiler.notes(self.log.rows),
-            ),
+            notes=(*self.said(), *self.compiler.notes(self.log.rows)),
             out=self.out,
             best=self.best[0] if self.best is not None else None,
             plan=self.plan,

@@ -168,7 +168,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         low = {name: sum(p.numel() for p in self._stand_ins if p.dtype is dtype) for dtype, name in _NAMES.items()}
         stored = " and ".join(f"{n} of {total} parameters in {name}" for name, n in low.items() if n)
         what = f"{stored}, updates {_WORDS[self.updates]}" if stored else f"all {total} parameters in fp32"
-        return [f"{what}; optimizer state in {self.stored}; {self.bytes_per_parameter():.1f} bytes per parameter"]
+        size = f"; {self.bytes_per_parameter():.1f} bytes per parameter" if self.state else ""  # none before a step
+        return [f"{what}; optimizer state in {self.stored}{size}"]
 
     # one step
 

@@ -215,7 +215,7 @@ def announce(trainer: Trainer, first: int) -> None:
             "task": trainer.task.name,
             "task_ref": trainer.task.reference,
             "precision": described["word"],
-            "note": "; ".join([*described["notes"], *trainer.notes]),
+            "note": "; ".join(trainer.said()),
             "phases": trainer.history,
             "loss_scale": described["loss_scale"],
             "seed": trainer.config.seed,

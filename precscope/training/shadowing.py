@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from ..batches import RandomStates, copy_containers
-from ..errors import RunDirectoryError, UsageError
+from ..errors import RunDirectoryError, TrainingError, UsageError
 
 if TYPE_CHECKING:
     from .loop import Trainer
@@ -37,11 +37,16 @@ class ShadowSteps:
 
     def keep(self, batch: Any) -> None:
         """Remember a micro-batch that is about to be run."""
-        self._kept.append((_copied(batch), RandomStates.take(cuda=True)))
+        self._kept.append((copy_containers(batch), RandomStates.take(cuda=True)))
 
-    def run(self, watch: Any, loss_of: Callable[[Any], torch.Tensor], loss: torch.Tensor) -> None:
-        """The kept micro-batches once more in fp32, with the same random numbers. Where that fails (memory, or code
-        that fp32 does not suit), warn and train on without shadow steps. loss: of the running step."""
+    def run(
+        self, watch: Any, loss_of: Callable[[Any], torch.Tensor], loss: torch.Tensor, *, processes: int = 1
+    ) -> None:
+        """The kept micro-batches once more in fp32, with the same random numbers. loss: of the running step.
+
+        Where that fails (memory, or code that fp32 does not suit), warn and train on without shadow steps. One of
+        several processes raises TrainingError: the others are in the midst of theirs and wait for it.
+        """
         kept, self._kept = self._kept, []
         count = len(kept)
 
@@ -59,11 +64,10 @@ class ShadowSteps:
         except Exception as error:
             self._fails = True
             reason = (str(error).strip().splitlines() or [""])[0]
-            warnings.warn(
-                f"no shadow steps: running a step in fp32 raised {type(error).__name__}: {reason:.200}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            what = f"running a step in fp32 raised {type(error).__name__}: {reason:.200}"
+            if processes > 1:
+                raise TrainingError(f"{what} (a shadow step on {processes} processes): train without shadow_every") from error
+            warnings.warn(f"no shadow steps: {what}", RuntimeWarning, stacklevel=2)
 
 
 @contextmanager
@@ -99,10 +103,3 @@ def shadow_recorder(
         )  # fmt: skip
 
     return make
-
-
-def _copied(batch: Any) -> Any:
-    """The same tensors in new containers: a loss function may pop its labels out of a batch."""
-    from torch.utils._pytree import tree_map
-
-    return tree_map(lambda leaf: leaf, batch)

@@ -44,6 +44,7 @@ class Shards(Processes):
         self._handles: list[Any] = []
         self._model: nn.Module | None = None
         self._classes: dict[nn.Module, type] = {}
+        self._stored: dict[tuple[nn.Module, str], torch.dtype] = {}
 
     def wrap(self, model: nn.Module, precision: Precision, *, fixed: bool = True) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
@@ -52,6 +53,7 @@ class Shards(Processes):
         self._note_batchnorm(model)
         self._same_everywhere(model)
         self._model, self._classes = model, {m: type(m) for m in model.modules()}
+        self._stored = _take_storage(model)
         mesh = init_device_mesh(self.device.type, (self.world,))
         group_of = groups(model)
         layers = _layers(model, precision) if fixed else {}
@@ -126,12 +128,16 @@ class Shards(Processes):
     def _put_together(self, model: nn.Module) -> None:
         """Leave a whole model of its own classes on every process, as "ddp" does. What FSDP2 hung on it is taken off:
         it has no way of its own to do so."""
+        for module in model.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()  # what the last pass left gathered
         whole: dict[int, nn.Parameter] = {}
         for module in model.modules():
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None and hasattr(parameter, "full_tensor"):
                     if id(parameter) not in whole:
                         values = parameter.detach().full_tensor()
+                        values = values.to(self._stored.get((module, name), values.dtype))
                         whole[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
                     module._parameters[name] = whole[id(parameter)]
         for module, own in self._classes.items():
@@ -264,6 +270,19 @@ def _keep_swaps_inside(group_of: dict[nn.Module, list[nn.Module]]) -> None:
         spec = module.__dict__.get(MARK)
         if spec is not None:
             spec.swap = tuple(m for m in spec.swap if unit_of.get(m) is unit)
+
+
+def _take_storage(model: nn.Module) -> dict[tuple[nn.Module, str], torch.dtype]:
+    """(module, parameter) -> its dtype before the plan, for those that it stores otherwise. The plan forgets them: it
+    would change the dtype of a distributed tensor, and not that of its shard, when it is taken off."""
+    found = {}
+    for module in model.modules():
+        spec = module.__dict__.get(MARK)
+        for table, name in list(spec.stored) if spec is not None else ():
+            if table == "_parameters":
+                before = spec.stored.pop((table, name))
+                found[module, name] = before.dtype if isinstance(before, Tensor) else before
+    return found
 
 
 def _in_words(mapped: list[str], kept: dict[str, list[str]], units: int) -> list[str]:

@@ -7,6 +7,7 @@ plan.tuning.json: {"schema": 1, "task", "choice", "plan", "train": {...}, "loss_
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -150,11 +151,9 @@ def parse_bytes(text: str | int | float) -> int:
             number = float(digits)
             factor = 1024 ** "bkmgt".index(unit or "b") if binary else _UNITS[unit]
         except (ValueError, KeyError):
-            raise UsageError(
-                f"cannot read {text!r} as a size of memory: write 4GiB, 500MB or a number of bytes"
-            ) from None
-    if not number * factor >= 1:
-        raise UsageError(f"a memory limit must be at least a byte, not {text!r}: {_ALLOWED}")
+            raise UsageError(f"cannot read {text!r} as a size of memory: {_ALLOWED}") from None
+    if not 1 <= number * factor < math.inf:
+        raise UsageError(f"a memory limit must be a finite size of at least a byte, not {text!r}: {_ALLOWED}")
     return int(number * factor)
 
 

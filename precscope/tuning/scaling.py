@@ -45,8 +45,8 @@ def choose_growth(profile: Profile, modules: Collection[str], *, steps: int) -> 
             f"one doubling in {1 / drift:.0f} steps"
         )
     elif interval == LONGEST:
-        text = f"the largest scale that fits stayed near 2^{int(np.median(fits))}" if len(fits) else "nothing speaks "
-        text += "" if len(fits) else "against it"
+        stayed = f"the largest scale that fits stayed near 2^{int(np.median(fits))}"
+        text = stayed if fits else "no recorded gradient speaks against it"
     text += f"; doubling every {interval} steps costs at most one skipped step in {interval + 1}"
     return GrowthChoice(interval, drift, text)
 

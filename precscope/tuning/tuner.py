@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from .scaling import choose_growth, half_modules
 from .sums import TOLERANCE, Sums, measure_sums, stalled
 
 GAIN = 1.02
-"""What low precision must gain over fp32 in whole steps: less is the timer's noise, and not worth another format."""
+"""What low precision must gain over fp32 in whole steps: less is not worth another format."""
+_UNTRIED = "nothing speaks against it, but it was not tried on the model: another choice is predicted faster"
 
 _FORMATS = ("fp16", "bf16", "fp32")
 _LEAST_STEPS, _RECORDED = 10, 8  # fewest steps of a profile; how many of them are recorded
@@ -65,7 +67,8 @@ def tune(
     Raises UsageError and TaskError for what cannot be done as asked, TrainingError where the task cannot train.
     """
     ref = _factory(task)
-    names = _checked(formats, steps, train_steps, accumulate, effective_batch)
+    names = _formats(formats)
+    _check_counts(accumulate, effective_batch, steps=steps, train_steps=train_steps, batch=batch, rounds=rounds)
     limit = parse_bytes(memory) if memory is not None else None
     count, examples = _micro_batches(ref, accumulate, effective_batch, batch, seed)
     common: dict[str, Any] = {"seed": seed, "lr": lr}
@@ -89,6 +92,11 @@ def tune(
             fresh = ref.make(seed=seed)
             sums = measure_sums(fresh, accumulated, scale=chosen.loss_scale.get("initial", 2.0**16))
     reasons = [why, _of_plan(plan), *scale_words, *_of_sums(accumulated, sums, against)]
+    if effective_batch is not None and count * (examples or 0) != effective_batch:
+        reasons.append(
+            f"{count} micro-batches of {examples} make {count * (examples or 0)} examples per step, and not "
+            f"{effective_batch}: batches are not cut"
+        )
     if limit is not None:
         reasons.append(_of_memory(next(c for c in found if c.name == choice), limit, count, split, examples))
     return Tuning(
@@ -110,9 +118,7 @@ def _factory(task: Any) -> TaskRef:
     return load_task(task)
 
 
-def _checked(
-    formats: Sequence[str], steps: int, train_steps: int, accumulate: int | None, effective: int | None
-) -> tuple[str, ...]:
+def _formats(formats: Sequence[str]) -> tuple[str, ...]:
     if isinstance(formats, str):
         formats = [f for f in formats.replace(",", " ").split() if f]
     names = tuple(dict.fromkeys(get_format(f).name for f in formats))
@@ -120,13 +126,15 @@ def _checked(
     if unknown or "fp32" not in names:
         what = f"not {unknown[0]}" if unknown else "and fp32 must be among them, as the way out"
         raise UsageError(f"tune chooses from {', '.join(_FORMATS)}, {what}: --formats fp16,bf16,fp32")
+    return names
+
+
+def _check_counts(accumulate: int | None, effective: int | None, **others: int | None) -> None:
     if accumulate is not None and effective is not None:
         raise UsageError("give accumulate (micro-batches) or effective_batch (examples), not both")
-    for name, value in {"steps": steps, "train_steps": train_steps, "accumulate": accumulate,
-                        "effective_batch": effective}.items():  # fmt: skip
+    for name, value in {"accumulate": accumulate, "effective_batch": effective, **others}.items():
         if value is not None and (not isinstance(value, int) or value < 1):
             raise UsageError(f"{name} must be an integer of at least 1, not {value!r}")
-    return names
 
 
 def _micro_batches(
@@ -196,14 +204,10 @@ def _judged(candidate: Candidate, plan: PrecisionPlan, uniform: str | None) -> C
         more = f" and {len(against) - 1} more" if len(against) > 1 else ""
         said = [str(r) for r in layer.reasons if candidate.name in str(r)] or [str(r) for r in layer.reasons]
         return _with(candidate, f"not safe for {name or '(root)'}{more}: {said[0] if said else 'see the plan'}")
-    return _with(
-        candidate, "nothing speaks against it, but it was not tried on the model: another choice is predicted faster"
-    )
+    return _with(candidate, _UNTRIED)
 
 
 def _with(candidate: Candidate, why: str) -> Candidate:
-    from dataclasses import replace
-
     return replace(candidate, safe=False, note=why)
 
 
@@ -212,7 +216,7 @@ def _hopeful(plan: PrecisionPlan, found: Sequence[Candidate]) -> str | None:
     if _uniform(plan) != "fp32":
         return None
     base = found[0].step_ms
-    open_ = [c for c in found[1:] if c.step_ms * GAIN < base and c.note.startswith("nothing speaks")]
+    open_ = [c for c in found[1:] if c.step_ms * GAIN < base and c.note == _UNTRIED]
     return min(open_, key=lambda c: c.step_ms).name if open_ else None
 
 
@@ -254,6 +258,8 @@ def _words(best: Candidate, base: Candidate, found: Sequence[Candidate], rivals:
         return f"{said} ({speed:.2f} times as fast): low precision gains nothing on this device"
     said = f"{best.name}: a step takes {best.step_ms:.4g} ms, in fp32 {base.step_ms:.4g} ms"
     said += f" ({base.step_ms / best.step_ms:.2f} times as fast)"
+    if base in rivals and best.slowest_ms >= base.fastest_ms:
+        said += ", but the rounds overlap: with other work on the machine this may be chance (--rounds 9 tells)"
     if base not in rivals:
         said += ", and fp32 does not fit the memory limit"
     if fastest is not None and fastest is not best and not fastest.safe and fastest.step_ms < best.step_ms:

@@ -14,28 +14,29 @@ if TYPE_CHECKING:
 
 
 class DenseRecording:
-    """until: the first step that is not recorded any more, 0 where nothing is. A recorder that watches already records
-    every step meanwhile; else one of our own is attached, and taken off when the run ends or changes precision."""
+    """begin, until: the steps that are recorded; until: the first that is not any more. A recorder that watches already
+    records every step meanwhile; else one of our own is attached, and taken off when the run ends or changes
+    precision."""
 
     def __init__(self) -> None:
-        self.until = 0
+        self.begin, self.until = 0, 0
         self._own: Any = None
         self._every: int | None = None
         self._failed = False
 
-    def start(self, trainer: Trainer, steps: int) -> None:
-        """Record the `steps` next steps. Anew after each change of precision, with those that are left."""
-        if not steps or trainer.out is None or self._failed:
+    def around(self, trainer: Trainer, step: int, steps: int) -> None:
+        """Record `steps` steps before `step`, as far as they are still to come, and as many from it on."""
+        if not steps or (trainer.out is None and trainer.watch is None) or self._failed:
             return
-        self.until = max(self.until, trainer.next_step + steps)
+        self.begin, self.until = step - steps, step + steps
         self.go_on(trainer)
 
     def go_on(self, trainer: Trainer) -> None:
         """Attach where there are steps left to record; let go where there are none."""
-        left = trainer.next_step < min(self.until, trainer.config.steps)
+        left = self.begin <= trainer.next_step < min(self.until, trainer.config.steps)
         if not left:
             self.stop(trainer)
-        elif trainer.watch is None:
+        elif trainer.watch is None and trainer.out is not None:
             self._attach(trainer)
         elif self._own is None and self._every is None and hasattr(trainer.watch, "every"):
             self._every, trainer.watch.every = trainer.watch.every, 1

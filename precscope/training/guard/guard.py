@@ -11,7 +11,7 @@ from ...batches import RandomStates
 from ...errors import TrainingError
 from ..log import Row
 from .actions import Episode, NormLimit, Planner, Tried
-from .amending import Promotion
+from .amending import EVERYTHING, Promotion, format_of, safer
 from .config import GuardConfig
 from .dense import DenseRecording
 from .events import NAME, Event, EventLog
@@ -71,9 +71,10 @@ class Guard:
     def allows(self, finite: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
         """Whether the optimizer may step: bool scalar on the device. finite: whether the gradients are; norm: their
         total 2-norm. Waits for nothing."""
-        if self.config.action == "skip" or self._limit_until:
-            return self.limit.allows(finite, norm)
-        return finite
+        if self.config.action not in ("skip", "rollback"):
+            return finite
+        allowed = self.limit.allows(finite, norm)  # learns what is usual in any case
+        return allowed if self.config.action == "skip" or self._limit_until else finite
 
     def after_reading(self, trainer: Trainer, rows: list[Row]) -> None:
         """Look at the steps since the last reading, and act. Raises TrainingError where nothing helps."""
@@ -106,7 +107,7 @@ class Guard:
             **{name: getattr(self, name) for name in _NUMBERS},
             "hits": list(self._hits), "rollbacks": dict(self._rollbacks),
             "inspect": list(self._inspect) if self._inspect is not None else None,
-            "dense_until": self.dense.until, "snapshots_since": self.snapshots.since,
+            "dense": [self.dense.begin, self.dense.until], "snapshots_since": self.snapshots.since,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -117,7 +118,7 @@ class Guard:
             setattr(self, name, state[name])
         self._hits, self._rollbacks = list(state["hits"]), dict(state["rollbacks"])
         self._inspect = tuple(state["inspect"]) if state["inspect"] is not None else None
-        self.dense.until, self.snapshots.since = state["dense_until"], state["snapshots_since"]
+        (self.dense.begin, self.dense.until), self.snapshots.since = state["dense"], state["snapshots_since"]
 
     def _probe(self, trainer: Trainer, row: Row) -> Signal | None:
         """A look for no reason, now and then: a format may be wrong from the first step on, and nothing stands out."""
@@ -144,8 +145,10 @@ class Guard:
         if signal.kind == "suspect" and verdict.kind not in ("module", "harm"):
             return
         self._last_kind = verdict.kind
+        before = trainer.next_step
         self._decide(trainer, signal, verdict, random)
-        self.dense.start(trainer, self.config.dense_steps)
+        if trainer.next_step == before:
+            self.dense.around(trainer, before, self.config.dense_steps)
 
     def _decide(self, trainer: Trainer, signal: Signal, verdict: Verdict, random: RandomStates | None) -> None:
         step, config = signal.step, self.config
@@ -163,7 +166,15 @@ class Guard:
                 self._tell(trainer, signal, verdict, "none")
             elif not self._went_back(trainer, signal, verdict):
                 self._promote(trainer, signal, verdict, random)
-        elif not (verdict.kind in ("weights", "sound") and self._went_back(trainer, signal, verdict)):
+        elif verdict.kind in ("weights", "sound") and self._went_back(trainer, signal, verdict):
+            return
+        elif config.acts and signal.kind == "overflow" and verdict.kind in ("unexplained", "sound"):
+            self._hits = [hit for hit in self._hits if hit > step - config.window] + [step]
+            if len(self._hits) < min(config.overflow_repeats, trainer.config.nonfinite_limit):
+                self._tell(trainer, signal, verdict, "none")
+            else:
+                self._promote_all(trainer, signal, verdict)
+        else:
             self._tell(trainer, signal, verdict, "warn")
 
     def _promote(self, trainer: Trainer, signal: Signal, verdict: Verdict, random: RandomStates | None) -> None:
@@ -182,6 +193,10 @@ class Guard:
                 self._tell(trainer, signal, verdict, "promote", text=text, plan=save_plan(trainer, self.planner))
                 return
         tried = self.planner.cure(trainer, step, verdict, scale=scale, random=random)
+        if tried is None and signal.kind not in ("overflow", "scale"):  # it trains on, as well as it can
+            text = f"{verdict.text}; no safer format brings the step nearer to fp32"
+            self._tell(trainer, signal, verdict, "warn", text=text)
+            return
         if tried is None:
             text = f"{verdict.text}; no safer format makes the step finite, not even fp32 throughout"
             self._tell(trainer, signal, verdict, "stop", text=text)
@@ -197,6 +212,20 @@ class Guard:
             numbers={"error": tried.error}, plan=save_plan(trainer, self.planner),
             modules={p.target: p.compute for p in tried.promotions},
         )  # fmt: skip
+
+    def _promote_all(self, trainer: Trainer, signal: Signal, verdict: Verdict) -> None:
+        """It fails again and again, and no look at it says why: the whole model to the next safer format."""
+        formats = safer(format_of(self.planner.plan(trainer).at_step(trainer.in_force), EVERYTHING))
+        if not formats:
+            self._tell(trainer, signal, verdict, "warn")
+            return
+        promotion = Promotion(EVERYTHING, formats[0], f"guard, step {signal.step}: {verdict.text}")
+        self.planner.episodes.append(Episode([promotion], trainer.next_step, self.config.quiet_steps or 0))
+        self.planner.put(trainer, signal.step)
+        self._changed(trainer, self.signals.good_scale or signal.scale)
+        text = f"{verdict.text}; it fails again and again. From here on the whole model in {formats[0]}"
+        plan = save_plan(trainer, self.planner)
+        self._tell(trainer, signal, verdict, "promote", text=text, plan=plan, modules={EVERYTHING: formats[0]})
 
     def _changed(self, trainer: Trainer, scale: float) -> None:
         """After a promotion: what the failing steps left behind is put right."""
@@ -248,11 +277,10 @@ class Guard:
         self._rollbacks[to] = self._rollbacks.get(to, 0) + 1
         self._inspect = (to if verdict.kind == "weights" else max(to, signal.first), signal.step)
         self._attentive_until = signal.step + _ATTENTIVE
-        self.dense.until = 0
         self.signals.forget_history()
         text = f"{verdict.text}; back to step {to}, to look at step {self._inspect[0]} before it is taken"
         self._tell(trainer, signal, verdict, "rollback", text=text, numbers={"to": to})
-        self.dense.start(trainer, signal.step - to + self.config.dense_steps)
+        self.dense.around(trainer, self._inspect[0], self.config.dense_steps)
         return True
 
     def _look_ahead(self, trainer: Trainer) -> None:
@@ -267,9 +295,9 @@ class Guard:
         random = RandomStates.take(cuda=True)
         verdict = judge(trainer, signal, self.config, random)
         if verdict.kind in ("module", "harm"):
-            self._inspect = None  # what follows was to be seen in the old precision
+            self._inspect, self._limit_until = None, 0  # what follows was to be seen in the old precision
             self._promote(trainer, signal, verdict, random)
-        elif verdict.kind == "sound" and self._inspect is None:
+        elif verdict.kind == "sound" and not self._limit_until:
             self._limit_until = end + _ATTENTIVE
             text = f"{verdict.text}: not a matter of precision; steps with too large a gradient are left out here"
             self._tell(trainer, signal, verdict, "skip", text=text)
@@ -293,10 +321,11 @@ class Guard:
             return
 
     def _try_again(self, trainer: Trainer, step: int, episode: Episode) -> None:
-        """A step under the tracer in the demoted format first: that costs nothing where it fails."""
+        """One step is run in the demoted format and compared with fp32 first: that costs nothing where it fails."""
         episode.trying, episode.since = True, trainer.next_step
         self.planner.put(trainer, step)
-        if look(trainer, step, scale=self._scale_of(trainer)).clean:
+        probe = Signal("suspect", step, self._scale_of(trainer), step, {})
+        if judge(trainer, probe, self.config, None).kind in ("sound", "scale"):
             self._quiet(trainer, step, episode, "retry", "is tried again", plan=save_plan(trainer, self.planner))
             return
         episode.trying, episode.quiet = False, 2 * episode.quiet

@@ -51,13 +51,15 @@ class Signals:
         self._losses: deque[float] = deque(maxlen=config.history)
         self._norms: deque[float] = deque(maxlen=config.history)  # log2
         self._odd: deque[tuple[int, bool]] = deque(maxlen=_SPAN)  # steps that were beyond, and whether they spiked
-        self._next_look, self._wait = 0, _FIRST_WAIT
+        self._next_look, self._wait, self._scaled = 0, _FIRST_WAIT, False
         self._usual: _Usual | None = None
         self._recent: _Usual | None = None
         self._age = 0
 
     def see(self, row: Row, *, scaled: bool) -> Signal | None:
         """The alarm that this step raises, if any. scaled: whether the run has a loss scale."""
+        if scaled != self._scaled:  # a phase with a loss scale begins, or ends
+            self._scaled, self.good, self._falls, self._told_falls, self._scale = scaled, 0, 0, 0, 0.0
         if scaled:
             self._follow_scale(row)
         if row.nonfinite or (row.skipped and not math.isfinite(row.grad_norm)):
@@ -66,9 +68,11 @@ class Signals:
             if not scaled or row.nonfinite:
                 return Signal("overflow", row.step, row.scale, row.step - self._bad_in_a_row + 1, {"loss": row.loss})
             return self._of_scale(row)
+        if row.skipped:
+            return None  # left out on purpose: what it would have done does not count
         self._bad_in_a_row = 0
         self.good += 1
-        self.good_scale = row.scale
+        self.good_scale = row.scale if scaled else self.good_scale
         return self._unusual(row)
 
     def _follow_scale(self, row: Row) -> None:
@@ -157,7 +161,7 @@ class Signals:
             "bad_in_a_row": self._bad_in_a_row, "falls": self._falls, "told_falls": self._told_falls,
             "losses": list(self._losses), "norms": list(self._norms), "odd": [list(odd) for odd in self._odd],
             "usual": [list(u) for u in (self._usual, self._recent) if u is not None], "age": self._age,
-            "next_look": self._next_look, "wait": self._wait,
+            "next_look": self._next_look, "wait": self._wait, "scaled": self._scaled,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -168,7 +172,7 @@ class Signals:
         self._losses = deque(state["losses"], maxlen=self.config.history)
         self._norms = deque(state["norms"], maxlen=self.config.history)
         self._odd = deque(((step, spike) for step, spike in state["odd"]), maxlen=_SPAN)
-        self._next_look, self._wait = state["next_look"], state["wait"]
+        self._next_look, self._wait, self._scaled = state["next_look"], state["wait"], state["scaled"]
         self._usual, self._recent = (_Usual(*u) for u in state["usual"]) if state["usual"] else (None, None)
         self._age = state["age"]
 

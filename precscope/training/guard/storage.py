@@ -115,7 +115,9 @@ class StorageWatch:
         self._before.clear()
 
     def _lost(self, trainer: Trainer) -> Lost | None:
-        owners = {p: name.rpartition(".")[0] for name, p in unwrap(trainer.model).named_parameters()}
+        owners: dict[torch.Tensor, str] = {
+            p: name.rpartition(".")[0] for name, p in unwrap(trainer.model).named_parameters()
+        }
         known = [(owners.get(p, ""), pair.tolist()) for p, pair in self._sums.items()]
         parts = [pair for found in trainer.engine.gather_objects(known) for pair in found]
         whole = sum(pair[1] for _, pair in parts)
