@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import json
 import os
@@ -28,15 +27,6 @@ from precscope.plans import PrecisionPlan
 from precscope.tasks import Task, make_task
 from precscope.training import checkpoint, train
 from precscope.training.log import read_log
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """Each run begins with a garbage collection, which goes through all modules that are loaded: leave those out."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class Net(nn.Module):

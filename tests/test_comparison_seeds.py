@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 
 import pandas as pd
@@ -56,15 +55,6 @@ def fails_late(seed=0):  # under seed 2 the loss is NaN from step 6 on
 """
 
 COMMON = {"steps": 12, "lr": 1e-2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collection():
-    """The trainer collects garbage before it measures memory; what was made before need not be looked at each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import gc
 import io
 import os
 import re
@@ -16,15 +15,6 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collection():
-    """The trainer collects garbage before it measures memory; what was made before need not be looked at each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def output_of(name: str, folder: Path) -> str:

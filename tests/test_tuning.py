@@ -7,7 +7,6 @@ the choice is what the rule makes of the times that were measured.
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import shlex
 
@@ -69,15 +68,6 @@ def shrinking(half_life: int) -> ps.Task:
 
 def candidate(name: str, ms: float, *, safe: bool = True, fixed: int = 100, activations: int = 100) -> Candidate:
     return Candidate(name, ms, ms, ms, fixed, activations, safe=safe, note="" if safe else "it overflows")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collection():
-    """The trainer collects garbage before it measures memory; what was made before need not be looked at each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
