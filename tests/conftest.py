@@ -87,3 +87,8 @@ def precscope_cli(tmp_path):
         )
 
     return run
+
+
+def pytest_sessionfinish() -> None:
+    """What was frozen is to be freed as usual; libraries with C++ bindings would report a leak."""
+    gc.unfreeze()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UsageError
-from .printing import OverwriteOption, SeedOption, TaskArgument, exist, progress, say, wrote
+from .printing import OverwriteOption, SeedOption, TaskArgument, exist, progress, wrote
 
 if TYPE_CHECKING:
     from ..plans import PrecisionPlan
@@ -78,7 +78,7 @@ def train(
         _say_next(task, out, steps)
         return
     with progress() as shown:
-        result = run(
+        run(
             task, out=out, plan=_planned(plan, precision, phase), precision=precision, steps=steps, lr=lr,
             schedule=schedule, accumulate=accumulate, grad_clip=grad_clip or None, params=params, updates=updates,
             state=state, guard=guard, eval_every=eval_every, checkpoint_every=checkpoint_every, keep=keep,
@@ -91,8 +91,6 @@ def train(
     if is_not_first():
         return
     print(table([out]))
-    for text in result.notes:
-        say(text)
     if verify:
         _verify(out, verify_out, margin)
         return

@@ -48,7 +48,7 @@ class Output:
         settings: dict[str, Any],
         group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
-        self._model, self._out, self._exist = model, out, exist
+        self._model, self._out, self._exist, self._merge = model, out, exist, merge
         self._writers: dict[str, StatsWriter] = {}
         self.ranks = Alone()
         self.directory = out
@@ -73,6 +73,11 @@ class Output:
         rows = self.ranks.merge(observations.collect())
         if rows is not None and len(rows):
             rows.write(self._writer(kind))
+
+    def drop(self, step: int) -> None:
+        """Take out what was written of `step` and later ones."""
+        if self.ranks.writes:
+            drop_all_steps(self.directory, step, below=self._merge)
 
     def truth(self, truth: Truth, records: OpRecords | None, step: int) -> None:
         """The rest of a shadow step. Rows of ops are not merged: each process writes its own."""

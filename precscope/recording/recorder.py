@@ -13,6 +13,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from ..attribution import unwrap
 from ..batches import RandomStates
 from ..errors import ModelError, RunDirectoryError, UsageError
 from ..preservation import ForcedEager
-from . import graph
+from . import graph, lossscale
 from .distributed import ddp_in
 from .eagerness import EagerCost
 from .observations import Observations
@@ -40,7 +41,11 @@ _FLUSH_SECONDS = 60.0
 
 
 class Recorder:
-    """Records activations, gradients, weights, updates and optimizer state of `model`; see `record`."""
+    """Records activations, gradients, weights, updates and optimizer state of `model`; see `record`.
+
+    index: the running step. scaler: the GradScaler (or number) whose scale is divided out of gradients; may be set
+    between two steps. failed: why recording was stopped, None while it goes on.
+    """
 
     def __init__(
         self,
@@ -77,14 +82,14 @@ class Recorder:
         self.shadow_every, self.ops = shadow_every, ops
         self._out, self._exist, self._info, self._merge = Path(out), exist, info or {}, merge
         self._optimizers = as_list(optimizer)
-        self._scaler = scaler
+        self.scaler = scaler
         self._max_calls = max_calls
         self._eager = ForcedEager()
         self._open = False
         self.index = first_step
         self.failed: str | None = None
         self.flops: dict[str, int] = {}  # of one pass per module, counted; estimated from weights where empty
-        self.recorded_steps = 0
+        self._recorded: list[int] = []  # steps
 
     # life cycle
 
@@ -146,13 +151,32 @@ class Recorder:
             raise UsageError("step() belongs inside the with block: with ps.record(model, out) as rec: ...; rec.step()")
         self._cost.end()
         if self.recording:
-            self.recorded_steps += 1
+            self._recorded.append(self.index)
             self._since_flush += 1
             self._watcher.end_step()
             self._updates.end_step()
         if self.index % self.every == 0:
             self._flush_where_due()
         self.index += 1
+        self._begin_step()
+
+    def go_back(self, step: int) -> None:
+        """The run goes back to `step`, to an earlier checkpoint: what was recorded from there on is dropped, on disk as
+        well, and `step` is the running step now. Call it between two steps, on all processes.
+
+        Raises UsageError outside the `with` block and for a step that is still to come.
+        """
+        if not self._open or step > self.index:
+            raise UsageError(
+                f"go_back() belongs inside the with block, and goes to an earlier step: this is step {self.index}, "
+                f"not {step}"
+            )
+        self._detach()
+        self._updates.forget()
+        self._flush(raising=False)
+        self._guarded(lambda: self._output.drop(step))
+        self._recorded = [index for index in self._recorded if index < step]
+        self.index = step
         self._begin_step()
 
     @property
@@ -218,8 +242,9 @@ class Recorder:
         if random is None:
             random = [watcher.began] if watcher.began is not None else []
         others = [p for o in self._optimizers for g in o.param_groups for p in g["params"] if p not in watcher.owners]
+        scale_of = partial(lossscale.scale_of_gradient, self.scaler, self._optimizers)
         step = ShadowStep(
-            self.index, self._gradient_scale, random, watcher.passes_began, others=others, max_calls=self._max_calls,
+            self.index, scale_of, random, watcher.passes_began, others=others, max_calls=self._max_calls,
             ddp=self._ddp, ranks=self._ranks,
         )  # fmt: skip
         closures = [closure] if callable(closure) else list(closure)
@@ -256,15 +281,6 @@ class Recorder:
         """Whether the present step is recorded."""
         return self._watcher.attached
 
-    @property
-    def scaler(self) -> Any:
-        """The GradScaler (or number) whose scale is divided out of gradients; may be set between two steps."""
-        return self._scaler
-
-    @scaler.setter
-    def scaler(self, scaler: Any) -> None:
-        self._scaler = scaler
-
     # internals
 
     def _begin_step(self) -> None:
@@ -277,32 +293,13 @@ class Recorder:
             self._detach()
         self._cost.begin(recorded=self.recording)
 
+    def _loss_scale(self) -> float | torch.Tensor | None:
+        return lossscale.loss_scale(self.scaler)
+
     def _detach(self) -> None:
         self._watcher.detach()
         self._updates.detach()
         self._eager.release()
-
-    def _loss_scale(self) -> float | torch.Tensor | None:
-        """The scale of the running step, as a device tensor where there is one, so that nothing waits for it."""
-        if self._scaler is None or isinstance(self._scaler, int | float):
-            return self._scaler
-        if not self._scaler.is_enabled():
-            return None
-        get_async = getattr(self._scaler, "_get_scale_async", None)
-        scale = get_async() if get_async is not None else None
-        return scale.clone() if isinstance(scale, torch.Tensor) else float(self._scaler.get_scale())
-
-    def _gradient_scale(self, parameter: torch.Tensor) -> float | torch.Tensor:
-        """By what its .grad is multiplied now: 1 once the scaler has unscaled the optimizer that holds it."""
-        scale = self._loss_scale()
-        if scale is None or isinstance(self._scaler, int | float):
-            return 1.0 if scale is None else scale
-        states = getattr(self._scaler, "_per_optimizer_states", {})
-        for optimizer in self._optimizers:
-            if any(parameter is p for group in optimizer.param_groups for p in group["params"]):
-                stage = states[id(optimizer)]["stage"] if id(optimizer) in states else None
-                return 1.0 if stage is not None and stage.name != "READY" else scale
-        return scale
 
     def _flush_where_due(self) -> None:
         """Flush where the memory or the time of any process asks for it: all do so at the same step."""
@@ -342,7 +339,7 @@ class Recorder:
         self._output.graph(graph.describe(self._watcher, self.flops))
 
     def _described(self, status: str) -> dict[str, Any]:
-        content: dict[str, Any] = {"status": status, "recorded_steps": self.recorded_steps}
+        content: dict[str, Any] = {"status": status, "recorded_steps": len(self._recorded)}
         if self._optimizers:
             content["optimizers"] = self._updates.describe()
         return {**content, **self._cost.describe()}

@@ -82,6 +82,10 @@ class OptimizerWatcher:
         self._forget_step()
         self._step = None
 
+    def forget(self) -> None:
+        """The run goes back: the next recorded step has none before it."""
+        self._whole.forget()
+
     def describe(self) -> list[dict[str, Any]]:
         """For run.json: class and settings of each optimizer. lr is the largest of the recorded steps so far."""
         described = []

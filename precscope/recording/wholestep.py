@@ -70,6 +70,10 @@ class WholeStep:
             twins = old.twins if same and old is not None else {name: flat.clone() for name in _FORMATS}
             self._groups[device] = _Group(places, sizes, flat, twins)
 
+    def forget(self) -> None:
+        """Drop samples and twins."""
+        self._groups.clear()
+
     @unseen
     @torch.no_grad()
     def end(self, step: int) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UsageError
 
 if TYPE_CHECKING:
+    from ..plans import PrecisionPlan
     from .loop import Trainer
 
 _WITHOUT_EFFECT = frozenset(
@@ -49,6 +50,26 @@ def check(trainer: Trainer, state: dict[str, Any]) -> list[str]:
     elif trainer.plan is not None and state["plan"] != trainer.plan.to_json():
         notes.append(f"from step {step} on with another plan than before")
     return notes
+
+
+def plan(trainer: Trainer, state: dict[str, Any]) -> PrecisionPlan | None:
+    """The plan to go on with: the trainer's own, or what a guard had made of it when `state` was saved.
+
+    Raises UsageError where a guard had amended another plan than the one that is given now, and is to go on.
+    """
+    from ..plans import PrecisionPlan
+
+    given, start = trainer.plan, ((state.get("guard") or {}).get("planner") or {}).get("start")
+    if start is None:
+        return given
+    if (given or PrecisionPlan.uniform(trainer.precision.word)).to_json() == start:
+        return PrecisionPlan.from_json(state["plan"])
+    if trainer.guard is None:
+        return given
+    raise UsageError(
+        f"the guard of the run in {trainer.out} has amended another plan (or precision) than the one given now: give "
+        "the old one, leave guard= out to train on with the new one, or train anew in another directory"
+    )
 
 
 def _processes(trainer: Trainer, state: dict[str, Any], changed: dict[str, Any]) -> list[str]:

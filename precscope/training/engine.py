@@ -13,7 +13,9 @@ each process.
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -35,6 +37,7 @@ STRATEGIES = ("ddp", "fsdp")
 PEER_GONE = 3
 """Exit status of a process that ended because another one did, so that a launcher can tell which was first."""
 _joined = False  # whether this module made the process group
+_alone = itertools.count()  # times that the main process worked alone; as many on all of them
 _GONE = ("closed by peer", "reset by peer", "Timed out", "timed out", "Broken pipe", "Application timeout", "NCCL")
 
 
@@ -44,8 +47,8 @@ class Strategy:
 
     name: "ddp" or "fsdp". sync_batchnorm: statistics of BatchNorm over all processes (GPUs, "ddp"). unused_parameters:
     some parameters get no gradient in some steps ("ddp"; costs a walk over the graph at each step). timeout_s: seconds
-    that a collective waits for a process that neither comes nor dies; the longest that one may work alone, while it
-    writes a checkpoint for instance.
+    that a collective waits for a process that neither comes nor dies. (A checkpoint may take longer: while the first
+    process writes, the others wait as long as it lives.)
     """
 
     name: str
@@ -114,10 +117,6 @@ class Engine:
         """Mean over the processes."""
         return value
 
-    def any(self, flag: torch.Tensor) -> torch.Tensor:
-        """Whether `flag` (bool scalar) holds on any process."""
-        return flag
-
     def total_norm(self, grads: list[torch.Tensor]) -> torch.Tensor:
         """2-norm of all gradients together: float scalar."""
         return total_norm(grads)
@@ -141,8 +140,11 @@ class Engine:
         """`value` of each process, by rank."""
         return [value]
 
-    def barrier(self) -> None:
-        """Wait for all processes."""
+    @contextmanager
+    def main_alone(self) -> Iterator[bool]:
+        """Inside, the main process works alone, as long as it takes; the others wait for it when they leave. Yields
+        whether this is the main one. All processes must come here."""
+        yield self.main
 
     def close(self) -> None:
         """Take off what `wrap` hung on the model."""
@@ -180,18 +182,30 @@ class Processes(Engine):
         dist.all_reduce(total)
         return total / self.world
 
-    def any(self, flag: torch.Tensor) -> torch.Tensor:
-        number = flag.to(self.device, torch.int32, copy=True)
-        dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        return number > 0
-
     def gather_objects(self, value: Any) -> list[Any]:
         everybody: list[Any] = [None] * self.world
         dist.all_gather_object(everybody, value)
         return everybody
 
-    def barrier(self) -> None:
-        dist.barrier()
+    @contextmanager
+    def main_alone(self) -> Iterator[bool]:
+        """They wait at the store of the launch, which answers as long as the main process (or its launcher) lives, and
+        not in a collective, which would give up after `timeout_s`."""
+        from ..recording.channel import default_store
+
+        name, store = f"precscope/alone/{next(_alone)}", default_store()
+        if self.main:
+            try:
+                yield True
+            finally:
+                store.set(name, "done")
+        else:
+            yield False
+            while not store.check([name]):
+                time.sleep(0.01)
+        dist.barrier()  # the store may end with the main process: not before all have seen it
+        if self.main:
+            store.delete_key(name)
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

@@ -18,7 +18,7 @@ from ..batches import seed_everything
 from ..errors import TaskError
 from ..store import prepare_directory
 from ..tasks import Task
-from . import checkpoint, persistence, phases
+from . import continuing, persistence, phases
 from .compiling import CompileConfig, make_compiler
 from .config import TrainConfig
 from .devices import to_device
@@ -90,11 +90,7 @@ class Trainer:
         self.progress = progress
         seed_everything(self.config.seed + 1000003 * self.engine.rank)
         persistence.check(self)
-        state = checkpoint.latest(self.out) if resume and self.out is not None else None
-        if self.out is not None and self.engine.main:
-            if state is None:
-                checkpoint.remove_all(self.out)  # of a run that is being overwritten
-            checkpoint.remove_unfinished(self.out)
+        state = persistence.latest(self, resume=resume)
         with ExitStack() as stack:
             stack.enter_context(in_mode(self.model, training=True))
             stack.callback(self._applied.close)
@@ -109,17 +105,15 @@ class Trainer:
             eval_loss = self._final_evaluation()
             self.log.flush()
             result = self._result(eval_loss)
-            described = {**result.to_dict(), "note": "; ".join(self.said()), **self.compiler.describe(self.log.rows)}
+            described = {**result.to_dict(), "note": "; ".join(result.notes), **self.compiler.describe(self.log.rows)}
             write_run_json(self.out if self.engine.main else None, described)
             persistence.save_model(self)
         return result
 
     def _begin(self, state: dict[str, Any] | None) -> None:
         """Precision on the model, optimizer, wrappers; where `state` is given, on from there."""
-        if state is not None and state.get("guard") is not None and state["plan"] is not None:
-            from ..plans import PrecisionPlan
-
-            self.plan = PrecisionPlan.from_json(state["plan"])  # the guard may have amended it
+        if state is not None:
+            self.plan = continuing.plan(self, state)
         self.in_force = persistence.in_force(state)
         if self.plan is not None:
             self.notes += phases.check(self.plan, self.model, steps=self.config.steps, processes=self.engine.world)
@@ -223,12 +217,15 @@ class Trainer:
 
     def rollback(self, state: dict[str, Any]) -> None:
         """Go back to `state`, the content of a checkpoint of this run, in the precision that the plan has there now.
-        The guard keeps what it has learnt; checkpoints of later steps are removed."""
+        The guard keeps what it has learnt; checkpoints of later steps are removed, and what was recorded of them."""
+        steps = self.next_step - state["step"]
         self.readings.forget()
         self.history = [entry for entry in self.history if entry["from_step"] < state["step"]] or self.history[:1]
         if self.plan is not None:
             self._switch_precision(persistence.in_force(state), "went back")
         self.next_step = persistence.restore(self, state, back=True)
+        if hasattr(self.watch, "go_back"):
+            self.watch.go_back(self.watch.index - steps)
 
     def _enter_phase(self, step: int) -> None:
         if self._is_phase(step) and self.in_force != step:

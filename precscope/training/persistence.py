@@ -76,14 +76,18 @@ def save(trainer: Trainer, step: int) -> None:
     if trainer.out is None:
         return
     state = state_of(trainer)
-    if not trainer.engine.main:
-        return
+    with trainer.engine.main_alone() as main:
+        if main:
+            _save(trainer, trainer.out, step, state)
+
+
+def _save(trainer: Trainer, out: Path, step: int, state: dict[str, Any]) -> None:
     try:
         trainer.log.flush()
-        path = checkpoint.save(trainer.out, step, state, keep=trainer.config.keep, same_as=_of_step(trainer, step))
+        path = checkpoint.save(out, step, state, keep=trainer.config.keep, same_as=_of_step(trainer, step))
         trainer.saved = step, path
     except RunDirectoryError as error:
-        warnings.warn(f"no checkpoint after step {step - 1}: {error}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"no checkpoint after step {step - 1}: {error}", RuntimeWarning, stacklevel=4)
 
 
 def evaluated(trainer: Trainer, step: int, loss: float) -> None:
@@ -94,21 +98,49 @@ def evaluated(trainer: Trainer, step: int, loss: float) -> None:
     better = math.isfinite(loss) and (best is None or loss < best[2])
     if not trainer.engine.gather_objects(better)[0]:
         return
-    state = state_of(trainer)
-    if not trainer.engine.main:
-        return
     assert trainer.out is not None
+    state = state_of(trainer)
+    with trainer.engine.main_alone() as main:
+        if main:
+            _save_best(trainer, trainer.out, step, state, loss)
+
+
+def _save_best(trainer: Trainer, out: Path, step: int, state: dict[str, Any], loss: float) -> None:
     try:
-        path = checkpoint.save_best(trainer.out, step, state, loss=loss, same_as=_of_step(trainer, step))
+        path = checkpoint.save_best(out, step, state, loss=loss, same_as=_of_step(trainer, step))
         trainer.best, trainer.saved = (path, step, loss), (step, path)
-        write_run_json(trainer.out, {"best": {"step": step, "eval_loss": loss, "file": f"checkpoints/{path.name}"}})
+        write_run_json(out, {"best": {"step": step, "eval_loss": loss, "file": f"checkpoints/{path.name}"}})
     except RunDirectoryError as error:
-        warnings.warn(f"the best checkpoint so far was not kept: {error}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"the best checkpoint so far was not kept: {error}", RuntimeWarning, stacklevel=4)
 
 
 def _of_step(trainer: Trainer, step: int) -> Path | None:
     """The file that this process has written of this very state."""
     return trainer.saved[1] if trainer.saved is not None and trainer.saved[0] == step else None
+
+
+def latest(trainer: Trainer, *, resume: bool) -> dict[str, Any] | None:
+    """The state to go on from, None where the run begins; what an earlier run left that is of no use is removed.
+
+    Raises UsageError where the processes do not see the same checkpoints.
+    """
+    out = trainer.out
+    if out is None:
+        return None
+    state = checkpoint.latest(out) if resume else None
+    found = trainer.engine.gather_objects(state["step"] if state is not None else None)
+    for rank, step in enumerate(found):
+        if step != found[0]:
+            first, other = (f"of {s} steps" if s is not None else "none" for s in (found[0], step))
+            raise UsageError(
+                f"the newest checkpoint in {out} is {first} for process 0 and {other} for process {rank}: put the run "
+                "directory on a file system that all processes share"
+            )
+    if trainer.engine.main:
+        if state is None:
+            checkpoint.remove_all(out)  # of a run that is being overwritten
+        checkpoint.remove_unfinished(out)
+    return state
 
 
 def in_force(state: dict[str, Any] | None) -> int:
@@ -243,11 +275,12 @@ def save_model(trainer: Trainer) -> None:
     """The trained weights alone as model.safetensors, where asked for. Raises RunDirectoryError."""
     if not trainer.config.save_model:
         return
+    assert trainer.out is not None
     state = trainer.engine.model_state(trainer.model)
-    if trainer.engine.main:
-        assert trainer.out is not None
-        about = {"made_by": "precscope", "task": trainer.task.name, "steps": str(trainer.config.steps)}
-        weights.save(state, trainer.out / "model.safetensors", about=about)
+    with trainer.engine.main_alone() as main:
+        if main:
+            about = {"made_by": "precscope", "task": trainer.task.name, "steps": str(trainer.config.steps)}
+            weights.save(state, trainer.out / "model.safetensors", about=about)
 
 
 @contextmanager

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 class Recorder(Protocol):
     """What the loop asks of a recorder: to be told of the end of each optimizer step. Where it also has `shadow_due`
-    and `shadow`, as ps.Recorder does, a step that is due is run once more in fp32 before the optimizer steps."""
+    and `shadow`, as ps.Recorder does, a step that is due is run once more in fp32 before the optimizer steps; where it
+    has `index` and `go_back`, it is told when the run goes back to an earlier step."""
 
     def step(self) -> None: ...
 
@@ -66,7 +67,8 @@ class ShadowSteps:
             reason = (str(error).strip().splitlines() or [""])[0]
             what = f"running a step in fp32 raised {type(error).__name__}: {reason:.200}"
             if processes > 1:
-                raise TrainingError(f"{what} (a shadow step on {processes} processes): train without shadow_every") from error
+                text = f"{what}, in a shadow step of {processes} processes: train without shadow_every"
+                raise TrainingError(text) from error
             warnings.warn(f"no shadow steps: {what}", RuntimeWarning, stacklevel=2)
 
 

@@ -1,0 +1,37 @@
+"""By what the gradients of the running step are multiplied: read without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+
+def loss_scale(scaler: Any) -> float | torch.Tensor | None:
+    """The scale of the running step, as a device tensor (a copy) where there is one; None where there is none.
+
+    scaler: a GradScaler, a number, or None.
+    """
+    if scaler is None or isinstance(scaler, int | float):
+        return scaler
+    if not scaler.is_enabled():
+        return None
+    get_async = getattr(scaler, "_get_scale_async", None)
+    scale = get_async() if get_async is not None else None
+    return scale.clone() if isinstance(scale, torch.Tensor) else float(scaler.get_scale())
+
+
+def scale_of_gradient(
+    scaler: Any, optimizers: Iterable[torch.optim.Optimizer], parameter: torch.Tensor
+) -> float | torch.Tensor:
+    """By what its .grad is multiplied now: 1 once the scaler has unscaled the optimizer that holds it."""
+    scale = loss_scale(scaler)
+    if scale is None or isinstance(scaler, int | float):
+        return 1.0 if scale is None else scale
+    states = getattr(scaler, "_per_optimizer_states", {})
+    for optimizer in optimizers:
+        if any(parameter is p for group in optimizer.param_groups for p in group["params"]):
+            stage = states[id(optimizer)]["stage"] if id(optimizer) in states else None
+            return 1.0 if stage is not None and stage.name != "READY" else scale
+    return scale
