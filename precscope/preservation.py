@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -110,9 +111,39 @@ def backward_outside_autocast() -> Iterator[None]:
     By default the compiler takes the autocast around the forward pass to be around the backward pass, too. It then
     lowers the products in the backward pass of modules that left autocast for fp32.
     """
-    config = getattr(sys.modules.get("torch._functorch"), "config", None)
-    if not hasattr(config, "backward_pass_autocast"):
+    config = _functorch_config()
+    if config is None:
         yield
         return
     with config.patch(backward_pass_autocast="off"):
         yield
+
+
+def warn_of_lowered_backward() -> None:
+    """Called while torch.compile traces a module that leaves autocast: where what is compiled is under autocast as a
+    whole, and the compiler takes that to be around the backward pass (see above), say so."""
+    from torch._guards import TracingContext
+
+    config, tracing = _functorch_config(), TracingContext.try_get()
+    if config is None or tracing is None or config.backward_pass_autocast != "same_as_forward":
+        return
+    around = tracing.global_context.global_state  # name -> (how to set it, what it was when tracing began)
+    if any(around.get(name, (None, False))[1] for name in ("autocast_enabled", "autocast_cpu_enabled")):
+        warnings.warn(
+            "a module with a plan is compiled within torch.autocast: the backward pass of what leaves autocast in it "
+            "(fp32, or policy 'cast') will run under autocast, which it does not in eager mode; use `with "
+            "handle.autocast():` of the handle that ps.apply returns in place of torch.autocast, or set "
+            "torch._functorch.config.backward_pass_autocast = 'off'",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+# Run while tracing, not traced. What torch.compiler.assume_constant_result does, which takes seconds to import.
+warn_of_lowered_backward._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _functorch_config() -> Any:
+    """The compiler's settings, None where PyTorch is too old to have this one, or has not loaded its compiler."""
+    config = getattr(sys.modules.get("torch._functorch"), "config", None)
+    return config if hasattr(config, "backward_pass_autocast") else None

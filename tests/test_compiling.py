@@ -135,7 +135,12 @@ def test_many_runs_in_one_process_do_not_exhaust_recompilations():
     with torch._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=3, fail_on_recompile_limit_hit=True):
         kept = [nn.Sequential(nn.Linear(8, width), nn.Linear(width, 1)) for width in (3, 4, 5)]
         for model in kept:
-            result = train(regression(model=model), steps=2, plan=PrecisionPlan(default="bf16"), compile=CompileConfig(backend="eager"))
+            result = train(
+                regression(model=model),
+                steps=2,
+                plan=PrecisionPlan(default="bf16"),
+                compile=CompileConfig(backend="eager"),
+            )
             assert any("2 graphs" in note for note in result.notes), result.notes
         limits = torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit
         assert limits == (2, 3)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_checkpoint import PLANS, SETTINGS, Interrupted, Net, interrupted_at, make, quick_collections
+from test_checkpoint import PLANS, SETTINGS, Interrupted, Net, interrupted_at, make
 from torch import nn
 
 from precscope.errors import UsageError
@@ -20,7 +20,6 @@ from precscope.training import checkpoint, train
 from precscope.training.log import read_log
 
 HAS_SAFETENSORS = importlib.util.find_spec("safetensors") is not None
-__all__ = ["quick_collections"]  # a fixture
 
 
 # the best one, and the weights alone

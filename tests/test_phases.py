@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_checkpoint import quick_collections
 from torch import nn
 
 import precscope as ps
@@ -20,8 +19,6 @@ from precscope.profiling import train_recorded
 from precscope.tasks import Task, make_task
 from precscope.training import TrainConfig, Trainer, checkpoint, make_precision, phases, train
 from precscope.training.log import read_log
-
-__all__ = ["quick_collections"]  # a fixture
 
 
 class Net(nn.Module):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..preservation import warn_of_lowered_backward
 from .devices import device_type, tf32_switches
 from .fp8 import fake_quantise, quantise_gradient
 from .inputs import cast_input, cast_up, fit, map_tensors, round_input
@@ -83,6 +84,8 @@ def _run_region(self, spec, args, kwargs):
         with torch.autocast(device, dtype=spec.dtype):
             return _run(self, spec, args, kwargs)
     if enabled:
+        if torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled():
+            warn_of_lowered_backward()
         with torch.autocast(device, enabled=False):
             return _run(self, spec, args, kwargs)
     return _run(self, spec, args, kwargs)

@@ -44,28 +44,39 @@ def fit(args: tuple, dtype: torch.dtype) -> bool:
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """`value` with `change` made to every tensor in it: nested tuples, lists, dicts, namedtuples and dataclasses.
     What holds no tensor that changes is passed on as the same object, so that caches stay shared."""
+    return _mapped(value, change)[0]
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> tuple[Any, bool]:
+    """The value, and whether anything in it changed (torch.compile of torch 2.11 cannot compare dicts by identity)."""
     if isinstance(value, Tensor):
-        return change(value)
+        new = change(value)
+        return new, new is not value
     if isinstance(value, (dict, UserDict)):
         changed = _changes(dict(value), change)
-        return _with_items(value, changed) if changed else value
+        return (_with_items(value, changed), True) if changed else (value, False)
     if isinstance(value, (list, tuple)):
-        items = [map_tensors(v, change) for v in value]
-        if all(new is old for new, old in zip(items, value, strict=True)):
-            return value
+        pairs = [_mapped(v, change) for v in value]
+        if not any([changed for _, changed in pairs]):  # noqa: C419 (torch.compile: no generator)
+            return value, False
+        items = [new for new, _ in pairs]
         if isinstance(value, list):
-            return items if type(value) is list else _with_items(value, dict(enumerate(items)))
-        return type(value)._make(items) if hasattr(value, "_make") else type(value)(items)
+            return (items if type(value) is list else _with_items(value, dict(enumerate(items)))), True
+        return (type(value)._make(items) if hasattr(value, "_make") else type(value)(items)), True
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         changed = _changes({f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)}, change)
-        return _with_fields(value, changed) if changed else value
-    return value
+        return (_with_fields(value, changed), True) if changed else (value, False)
+    return value, False
 
 
 def _changes(items: dict[Any, Any], change: Callable[[Tensor], Tensor]) -> dict[Any, Any]:
     """The items that change, as they become."""
-    mapped = {key: map_tensors(item, change) for key, item in items.items()}
-    return {key: item for key, item in mapped.items() if item is not items[key]}
+    found = {}
+    for key, item in items.items():
+        new, changed = _mapped(item, change)
+        if changed:
+            found[key] = new
+    return found
 
 
 def _with_items(value: Any, changed: dict[Any, Any]) -> Any:

@@ -111,12 +111,14 @@ def _stored(root: nn.Module) -> Iterator[tuple[nn.Module, dict[tuple[str, str], 
 
 
 def _set_data(tensor: Tensor, data: Tensor) -> None:
-    gradient = tensor.grad if tensor.is_leaf else None
+    before, gradient = tensor.dtype, tensor.grad if tensor.is_leaf else None
     if gradient is not None:
         tensor.grad = None
     tensor.data = data
+    if before is not data.dtype and getattr(tensor, "grad_dtype", None) is before:
+        tensor.grad_dtype = data.dtype  # somebody had set it, and it does not follow any more
     if gradient is not None:
-        tensor.grad = gradient.to(data.dtype)
+        tensor.grad = gradient.to(getattr(tensor, "grad_dtype", None) or data.dtype)
 
 
 def _bits(tensor: Tensor) -> Tensor:

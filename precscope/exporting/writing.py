@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,8 @@ class _Job:
         with _beside(self.path) as temporary:
             with open(temporary, "wb") as file:
                 torch.export.save(chosen, file, extra_files={"precscope.json": json.dumps(self._about(), indent=1)})
-            with open(temporary, "rb") as file:
+            with open(temporary, "rb") as file, warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="The given buffer is not writable")  # torch 2.11
                 got = program.run(torch.export.load(file), self.arguments, self.through)
             self._must_agree(planned, got)
         return Exported(

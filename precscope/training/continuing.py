@@ -59,12 +59,12 @@ def plan(trainer: Trainer, state: dict[str, Any]) -> PrecisionPlan | None:
     """
     from ..plans import PrecisionPlan
 
-    given, start = trainer.plan, ((state.get("guard") or {}).get("planner") or {}).get("start")
-    if start is None:
+    given, planner = trainer.plan, (state.get("guard") or {}).get("planner") or {}
+    if planner.get("start") is None or state["plan"] is None:
         return given
-    if (given or PrecisionPlan.uniform(trainer.precision.word)).to_json() == start:
+    if (given or PrecisionPlan.uniform(trainer.precision.word)).to_json() == planner["start"]:
         return PrecisionPlan.from_json(state["plan"])
-    if trainer.guard is None:
+    if trainer.guard is None or not planner["episodes"]:
         return given
     raise UsageError(
         f"the guard of the run in {trainer.out} has amended another plan (or precision) than the one given now: give "

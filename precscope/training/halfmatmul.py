@@ -61,8 +61,22 @@ class half_matmul_through_fp32(TorchDispatchMode):
     """Inside: matrix products, convolutions and attention on fp16 CPU tensors are computed in fp32, rounded once.
 
     Everything else, other dtypes and other devices run as they would without it. Costs a few microseconds of Python per
-    operation of the model.
+    operation of the model. PyTorch's fused encoder layers, used in evaluation, are off: they would arrive here whole,
+    and below a mode autocast casts nothing.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._fused: list[bool] = []  # of each entry: whether they were on
+
+    def __enter__(self) -> Any:
+        self._fused.append(torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        return super().__enter__()
+
+    def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
+        super().__exit__(kind, value, traceback)
+        torch.backends.mha.set_fastpath_enabled(self._fused.pop())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}

@@ -73,6 +73,7 @@ class Trainer:
         self.evaluations: list[tuple[int, float]] = []
         self.notes: list[str] = []  # what a reader should know
         self.history: list[dict[str, Any]] = []  # which precision from which step on, see phases.entry
+        self.repeated_until = 0  # steps before it have had their after_step, see `repeat`
         self.in_force = 0  # the step whose entry of the plan is on the model
         self.best: tuple[Path, int, float] | None = None  # checkpoint, its steps and held-out loss
         self.saved: tuple[int, Path] | None = None  # the last state written: steps and file
@@ -167,7 +168,7 @@ class Trainer:
             allowed = self.guard.allows(allowed, norm)
         skipped = self.precision.step(self.optimizer, allowed)
         self.optimizer.zero_grad(set_to_none=True)
-        if self.task.after_step is not None:
+        if self.task.after_step is not None and step >= self.repeated_until:
             self.task.after_step(self.model, step)
         self.compiler.stepped(step, eager=getattr(self.watch, "recording", False))
         if self.watch is not None:
@@ -226,6 +227,16 @@ class Trainer:
         self.next_step = persistence.restore(self, state, back=True)
         if hasattr(self.watch, "go_back"):
             self.watch.go_back(self.watch.index - steps)
+
+    def repeat(self, step: int) -> None:
+        """Take the steps from `step` on again, with the weights as they are: those since were all left out. Only
+        task.after_step, which was called for them, is not called again. Checkpoints of the way stay: they lead here."""
+        self.repeated_until = max(self.repeated_until, self.next_step)
+        self.readings.forget()
+        persistence.drop_from(self, step)
+        if hasattr(self.watch, "go_back"):
+            self.watch.go_back(self.watch.index - (self.next_step - step))
+        self.next_step = step
 
     def _enter_phase(self, step: int) -> None:
         if self._is_phase(step) and self.in_force != step:

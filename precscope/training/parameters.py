@@ -76,6 +76,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         self.inner = _twin(optimizer)
         self._stand_ins: dict[Tensor, Tensor] = {}
         self._written: dict[Tensor, tuple[int, int, torch.dtype]] = {}
+        self._widened: set[Tensor] = set()  # had fp32 gradients while they were low
         self._generators: dict[torch.device, torch.Generator] = {}
         self._by_pieces = type(optimizer).__module__.startswith("torch.optim.")  # all of them go tensor by tensor
         super().__init__([dict(g) for g in optimizer.param_groups], dict(optimizer.defaults))
@@ -103,7 +104,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
         for key, value in own.items():
             if isinstance(value, Tensor):
                 self.inner.param_groups[-1][key] = value.clone()
-        self._prepare_gradients()
+        self.prepare_gradients()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -131,7 +132,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As for any optimizer."""
         super().zero_grad(set_to_none)
-        self._prepare_gradients()
+        self.prepare_gradients()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Inverse of state_dict(), exact; also takes that of the bare optimizer. State keeps its dtypes."""
@@ -284,13 +285,19 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
                 else:
                     inner[key] = value
 
-    def _prepare_gradients(self) -> None:
-        """Have autograd keep fp32 gradients where wanted. (Under DDP it cannot: its buckets have the dtype of p.)"""
+    def prepare_gradients(self) -> None:
+        """Have autograd keep fp32 gradients where wanted. (Under DDP it cannot: its buckets have the dtype of p.) To be
+        called where parameters have changed their dtype; zero_grad does it, too."""
         single = not (torch.distributed.is_available() and torch.distributed.is_initialized())
         for p in self._stand_ins:
+            if p.grad is not None or not p.is_leaf or hasattr(p, "_local_tensor"):
+                continue
             wanted = self.gradients == "fp32" or (self.gradients is None and single and p.dtype is torch.float16)
-            if wanted and p.dtype in LOW and p.grad is None and p.is_leaf and not hasattr(p, "_local_tensor"):
+            if wanted and p.dtype in LOW:
                 p.grad_dtype = torch.float32
+                self._widened.add(p)
+            elif p in self._widened:  # what was set once does not follow p.dtype any more
+                p.grad_dtype = p.dtype
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:

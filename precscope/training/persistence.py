@@ -54,6 +54,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "config": {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()},
         "word": trainer.precision.word,
         "in_force": trainer.in_force,
+        "repeated_until": trainer.repeated_until,
         "history": [dict(entry) for entry in trainer.history],
         "buffers": {name: module._buffers[key] for name, module, key in _hidden_buffers(trainer.model)},
         "unrounded": trainer.precision.unrounded() if engine.world == 1 else {},
@@ -163,24 +164,37 @@ def restore(trainer: Trainer, state: dict[str, Any], *, back: bool = False) -> i
     trainer.precision.load_unrounded(state.get("unrounded", {}))
     if not back and trainer.guard is not None and state.get("guard") is not None:
         trainer.guard.load_state_dict(state["guard"])
+        if not trainer.guard.planner.episodes:
+            trainer.guard.planner.start = None  # nothing is amended: what is trained with now is what there is to amend
     _set_random(trainer, state)
     trainer.task.reseed(state["data_seed"])
     trainer.readings.bad_in_a_row = state["bad_in_a_row"]
+    trainer.repeated_until = state.get("repeated_until", 0)
     if back:
-        trainer.log.cut(state["step"])
+        drop_from(trainer, state["step"])
         if trainer.out is not None and trainer.engine.main:
             checkpoint.remove_after(trainer.out, state["step"])
-        trainer.saved = None
     else:
         trainer.log.load_before(state["step"])
         trainer.history = _joined(list(state.get("history", [])), trainer.history[-1], state["step"])
         trainer.best = checkpoint.best(trainer.out) if trainer.out is not None else None
-    trainer.evaluations = [
-        (row.step + 1, row.eval_loss)
-        for row in trainer.log.rows
-        if not math.isnan(row.eval_loss) and row.step + 1 < trainer.config.steps
-    ]
+        trainer.evaluations = _evaluations(trainer)
     return state["step"]
+
+
+def drop_from(trainer: Trainer, step: int) -> None:
+    """The run goes back to `step`: what log and evaluations tell of the steps from there on is dropped."""
+    trainer.log.cut(step)
+    trainer.saved = None
+    trainer.evaluations = _evaluations(trainer)
+
+
+def _evaluations(trainer: Trainer) -> list[tuple[int, float]]:
+    """Those that the log knows, but for that at the end of the run, which is made anew."""
+    last = trainer.config.steps
+    return [
+        (r.step + 1, r.eval_loss) for r in trainer.log.rows if not math.isnan(r.eval_loss) and r.step + 1 < last
+    ]
 
 
 def _joined(history: list[dict[str, Any]], now: dict[str, Any], step: int) -> list[dict[str, Any]]:

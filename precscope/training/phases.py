@@ -128,6 +128,7 @@ def match_state(optimizer: torch.optim.Optimizer, before: Mapping[torch.Tensor, 
     from .parameters import LowPrecisionOptimizer
 
     if isinstance(optimizer, LowPrecisionOptimizer):
+        optimizer.prepare_gradients()
         return
     for parameter, dtype in before.items():
         if parameter.dtype is dtype:

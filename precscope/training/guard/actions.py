@@ -118,8 +118,8 @@ class Planner:
         named: list[Promotion] = []
         if verdict.found is not None:
             named = self._one_by_one(trainer, verdict, scale)
-        elif verdict.kind == "harm":
-            named = self._by_halves(trainer, scale, verdict.error)
+        if not named:
+            named = self._by_halves(trainer, scale, verdict.error if verdict.kind == "harm" else self.config.tolerance)
         if named:
             yield named
             wide = [replace(p, compute="fp32") for p in named]
@@ -146,14 +146,15 @@ class Planner:
             seen, _ = self._look(trainer, scale)
             if self._cured(trainer, seen):
                 return self._needed(trainer, promotions, scale)
-            if seen.found is None:  # it cannot run so: two formats that do not mix, mostly
-                if compute == "fp32":
-                    return []
-                promotions[-1] = replace(promotions[-1], compute="fp32")
-                self.put(trainer, self._step, promotions)
-                seen, _ = self._look(trainer, scale)
-                if self._cured(trainer, seen):
-                    return self._needed(trainer, promotions, scale)
+            # it cannot run so: two formats that do not mix, mostly; fp32 goes with all, if need be for all of them
+            for count in (1, len(promotions)):
+                if seen.found is None:
+                    first = len(promotions) - count
+                    promotions = [*promotions[:first], *(replace(p, compute="fp32") for p in promotions[first:])]
+                    self.put(trainer, self._step, promotions)
+                    seen, _ = self._look(trainer, scale)
+                    if self._cured(trainer, seen):
+                        return self._needed(trainer, promotions, scale)
             found = seen.found
             if found is None:
                 return []
@@ -173,10 +174,11 @@ class Planner:
         return promotions
 
     def _by_halves(self, trainer: Trainer, scale: float, error: float) -> list[Promotion]:
-        """No op to name, and the gradient is wrong: modules in fp32, half of them, a quarter ..., as long as that takes
-        most of the error away."""
+        """No op to name, or none whose own module is to blame (code outside every module computes in the format of what
+        modules hand to it): modules in fp32, half of them, a quarter ..., as long as that takes most of the error
+        away."""
         plan = self.plan(trainer).at_step(self._step)
-        low = [n for n in self.names.every if safer(plan[n].compute) and not self.names.children(n)]
+        low = [n for n in self.names.every if safer(plan[n].compute)]
         found = low if self._error_with(trainer, low, scale) < 0.5 * error else []
         while len(found) > 1:
             half = len(found) // 2
@@ -193,7 +195,7 @@ class Planner:
         return error_of(trainer, run_plain(trainer, self._step, scale=scale, random=self._random), self._true)
 
     def _to_fp32(self, names: list[str]) -> list[Promotion]:
-        reason = f"guard, step {self._step}: with fp32 here most of the gradient's error is gone"
+        reason = f"guard, step {self._step}: with fp32 here the gradient is near that of fp32 throughout"
         return [Promotion(name, "fp32", reason) for name in names]
 
     def _try(self, trainer: Trainer, promotions: list[Promotion], scale: float) -> Tried | None:

@@ -9,6 +9,7 @@ import torch
 
 from ...batches import RandomStates
 from ...errors import TrainingError
+from .. import phases
 from ..log import Row
 from .actions import Episode, NormLimit, Planner, Tried
 from .amending import EVERYTHING, Promotion, format_of, safer
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _ATTENTIVE = 20  # steps after an alarm during which the device is read at every step
 _KEEP_EVERY = 10  # steps between copies of running statistics
 _PARTS = ("signals", "planner", "buffers", "limit", "storage")
-_NUMBERS = ("_alarms", "_last_alarm", "_last_kind", "_limit_until", "_attentive_until", "_saved", "_probes")
+_NUMBERS = ("_alarms", "_last_alarm", "_last_kind", "_limit_until", "_attentive_until", "_saved", "_probes", "_left_out")
 """What of a guard goes into a checkpoint."""
 
 
@@ -51,6 +52,7 @@ class Guard:
         self._inspect: tuple[int, int] | None = None  # after going back: steps to look at before they are taken
         self._rollbacks: dict[int, int] = {}
         self._limit_until, self._attentive_until, self._saved, self._probes = 0, 0, 0, 0
+        self._left_out = 0  # steps in a row, up to the last one read, that were not taken
 
     @property
     def events(self) -> list[Event]:
@@ -82,6 +84,7 @@ class Guard:
         random = self._random if len(rows) == 1 else None
         for row in rows:
             signal = self.signals.see(row, scaled=scaled) or signal  # the weights changed least since the last one
+            self._left_out = self._left_out + 1 if row.skipped else 0
         last, next_step = rows[-1], trainer.next_step
         signal = signal or self._probe(trainer, last)
         if signal is not None and not (signal.kind == "suspect" and self.planner.all_high(trainer)):
@@ -147,8 +150,8 @@ class Guard:
         self._last_kind = verdict.kind
         before = trainer.next_step
         self._decide(trainer, signal, verdict, random)
-        if trainer.next_step == before:
-            self.dense.around(trainer, before, self.config.dense_steps)
+        if self._inspect is None or trainer.next_step == before:
+            self.dense.around(trainer, trainer.next_step, self.config.dense_steps)
 
     def _decide(self, trainer: Trainer, signal: Signal, verdict: Verdict, random: RandomStates | None) -> None:
         step, config = signal.step, self.config
@@ -188,8 +191,8 @@ class Guard:
             self.planner.put(trainer, step)
             if look(trainer, step, scale=self._scale_of(trainer), random=random).clean:
                 names = ", ".join(p.target for e in before for p in e.promotions)
-                self._changed(trainer, scale)
-                text = f"{verdict.text}; back to the safer format of {names}, for twice as long"
+                again = self._changed(trainer, scale)
+                text = f"{verdict.text}; back to the safer format of {names}, for twice as long{again}"
                 self._tell(trainer, signal, verdict, "promote", text=text, plan=save_plan(trainer, self.planner))
                 return
         tried = self.planner.cure(trainer, step, verdict, scale=scale, random=random)
@@ -206,9 +209,9 @@ class Guard:
             )
         quiet = self.config.quiet_steps or 0
         self.planner.episodes.append(Episode(tried.promotions, next_step, quiet))
-        self._changed(trainer, tried.scale)
+        again = self._changed(trainer, tried.scale)
         self._tell(
-            trainer, signal, verdict, "promote", text=f"{verdict.text}. {_words_of(tried)}",
+            trainer, signal, verdict, "promote", text=f"{verdict.text}. {_words_of(tried)}{again}",
             numbers={"error": tried.error}, plan=save_plan(trainer, self.planner),
             modules={p.target: p.compute for p in tried.promotions},
         )  # fmt: skip
@@ -222,19 +225,29 @@ class Guard:
         promotion = Promotion(EVERYTHING, formats[0], f"guard, step {signal.step}: {verdict.text}")
         self.planner.episodes.append(Episode([promotion], trainer.next_step, self.config.quiet_steps or 0))
         self.planner.put(trainer, signal.step)
-        self._changed(trainer, self.signals.good_scale or signal.scale)
-        text = f"{verdict.text}; it fails again and again. From here on the whole model in {formats[0]}"
+        again = self._changed(trainer, self.signals.good_scale or signal.scale)
+        text = f"{verdict.text}; it fails again and again. From here on the whole model in {formats[0]}{again}"
         plan = save_plan(trainer, self.planner)
         self._tell(trainer, signal, verdict, "promote", text=text, plan=plan, modules={EVERYTHING: formats[0]})
 
-    def _changed(self, trainer: Trainer, scale: float) -> None:
-        """After a promotion: what the failing steps left behind is put right."""
+    def _changed(self, trainer: Trainer, scale: float) -> str:
+        """After a promotion: what the failing steps left behind is put right, and those that were left out are taken
+        again where their data are still to be had; that in words."""
         if trainer.scaler is not None and scale != trainer.scaler.get_scale():
             trainer.scaler.update(scale)  # its falls were no fault of the scale; or the one that was seen to fit
         trainer.readings.forget()
+        words, first = "", trainer.next_step - self._left_out
+        if trainer.plan is not None and trainer.plan.phases:
+            first = max([first, *(s for s in phases.starts(trainer.plan) if s < trainer.next_step)])
+        if first < trainer.next_step and not _one_pass(trainer):
+            count = trainer.next_step - first
+            words = f"; {count} step{'s' if count > 1 else ''} left out, taken again from step {first} on"
+            trainer.repeat(first)
+        self._left_out = 0
         self.snapshots.changed(trainer.next_step)
         self.signals.forget_history()
         self._hits.clear()
+        return words
 
     def _scale_of(self, trainer: Trainer) -> float:
         return trainer.scaler.get_scale() if trainer.scaler is not None else 1.0
@@ -266,8 +279,7 @@ class Guard:
 
     def _went_back(self, trainer: Trainer, signal: Signal, verdict: Verdict) -> bool:
         """Go back to the last good state, where that is what to do and there is one."""
-        one_pass = getattr(getattr(trainer.task, "_reader", None), "one_pass", False)
-        if self.config.action != "rollback" or one_pass or signal.numbers.get("ahead"):
+        if self.config.action != "rollback" or _one_pass(trainer) or signal.numbers.get("ahead"):
             return False
         state = self.snapshots.before(trainer, signal.first)
         if state is None or self._rollbacks.get(state["step"], 0) >= self.config.max_rollbacks:
@@ -276,7 +288,7 @@ class Guard:
         to = state["step"]
         self._rollbacks[to] = self._rollbacks.get(to, 0) + 1
         self._inspect = (to if verdict.kind == "weights" else max(to, signal.first), signal.step)
-        self._attentive_until = signal.step + _ATTENTIVE
+        self._attentive_until, self._left_out = signal.step + _ATTENTIVE, 0
         self.signals.forget_history()
         text = f"{verdict.text}; back to step {to}, to look at step {self._inspect[0]} before it is taken"
         self._tell(trainer, signal, verdict, "rollback", text=text, numbers={"to": to})
@@ -365,6 +377,11 @@ class Guard:
         self._log.write(Event(signal.step, kind, action, text, module, verdict.op, about, plan))
         if action not in ("none", "stop") and trainer.engine.main:
             warnings.warn(f"guard, step {signal.step}: {text}", RuntimeWarning, stacklevel=4)
+
+
+def _one_pass(trainer: Trainer) -> bool:
+    """Whether the data come from a generator that cannot be read again."""
+    return getattr(getattr(trainer.task, "_reader", None), "one_pass", False)
 
 
 def _words_of(tried: Tried) -> str:
