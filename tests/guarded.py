@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from precscope.tasks import Task
+from precscope.training.guard import read_events
 
 STEPS = 80
 FROM = 25  # the step from which weights grow
@@ -102,11 +104,58 @@ class Stream(nn.Module):
                 parameter.mul_(1.6).clamp_(-1.2e4, 1.2e4)
 
 
+class Joined(nn.Module):
+    """Two branches leave the range at the same step, and cat joins them: torch.autocast in fp16 cannot join bf16 with
+    fp16, so that bf16 will not do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(64, 4)
+        self.norms = nn.ModuleList(nn.LayerNorm(32) for _ in range(2))
+
+    def forward(self, x):
+        parts = [norm(layer(x)) for norm, layer in zip(self.norms, (self.left, self.right), strict=True)]
+        return self.head(torch.cat(parts, -1))
+
+    def grow(self):
+        for layer in (self.left, self.right):
+            layer.weight.mul_(1.8).clamp_(-2e5, 2e5)
+
+
+class Scales(nn.Module):
+    """Its output, in fp16, is what the loss squares: code outside every module overflows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.project = nn.Sequential(nn.Linear(16, 32), nn.Tanh()), nn.Linear(32, 4)
+
+    def forward(self, x):
+        return self.project(self.body(x))
+
+    def grow(self):
+        self.project.weight.mul_(1.4).clamp_(-500, 500)
+
+
+def relative_loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Of outputs over their own size, which is taken in the dtype that they come in."""
+    out = model(batch[0])
+    out = out / (out * out).sum(-1, keepdim=True).sqrt()
+    return F.mse_loss(out.float(), F.normalize(batch[1], dim=-1))
+
+
+class EarlySquares(SumOfSquares):
+    """Overflows in silence soon after the first comparison with fp32, when nothing is known yet of what is usual."""
+
+    since = 12
+
+
 CASES: dict[str, tuple[type, str]] = {
     "middle": (MiddleLinear, "wide"),
     "attention": (Attending, "attention"),
     "squares": (SumOfSquares, "body.2"),
     "stream": (Stream, "left"),
+    "joined": (Joined, "left"),
+    "early": (EarlySquares, "body.2"),
 }
 """Name -> model and the module at fault."""
 
@@ -121,7 +170,7 @@ def growing(name: str, *, seed: int = 0, after: Callable[[nn.Module, int], None]
     batches = [(x, torch.tanh(x @ weight)) for x in inputs]
 
     def step_done(model: nn.Module, step: int) -> None:
-        if step >= FROM:
+        if step >= getattr(model, "since", FROM):
             with torch.no_grad():
                 model.grow()
         if after is not None:
@@ -154,3 +203,14 @@ def noisy(seed: int, *, heavy: bool) -> Task:
         )
 
     return Task(model=Noisy(), loss=lambda model, b: F.mse_loss(model(b[0]).float(), b[1]), batches=batch)
+
+
+RUN = {"steps": STEPS, "lr": 3e-3}
+
+
+def parameters(task: Task) -> torch.Tensor:
+    return nn.utils.parameters_to_vector(task.model.parameters()).detach().clone()
+
+
+def actions(out: str | Path) -> list[tuple[str, str, str]]:
+    return [(e.kind, e.action, e.module) for e in read_events(out)]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import precscope as ps
+from precscope.errors import TrainingError, UsageError
 from precscope.training import train
 
 STEPS = 6
@@ -156,6 +159,90 @@ def wrong(strategy: str, out: Path, world: int, rank: int) -> None:
         os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)  # an error has ended the group before
         found[name] = said(task, how)
     (out / f"said-{rank}.json").write_text(json.dumps(found))
+
+
+def alone(strategy: str, out: Path, world: int, rank: int) -> None:
+    """One process is slow, fails or sees other files; the others wait, or are told."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    from precscope.training import checkpoint
+    from precscope.training.engine import Strategy
+
+    run(make(), out / "first", "ddp", world=world, steps=2)  # all are here
+    own = checkpoint.save
+
+    def slow(*args, **options):
+        time.sleep(10.0)
+        return own(*args, **options)
+
+    checkpoint.save = slow
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=8), dist.group.WORLD)
+    run(make(), out / "slow", "ddp", world=world, steps=2, checkpoint_every=2)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=60), dist.group.WORLD)
+    checkpoint.save = own
+    said = {"files": len(checkpoint.checkpoints(out / "slow"))}
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        task = failing_in_fp32(True)
+        train(task, steps=3, out=out / "shadowed", precision="bf16", shadow_every=1, schedule="none")
+    said["warned"] = [str(w.message) for w in seen if "shadow" in str(w.message)]
+    said["losses"] = len(train(make(), steps=4, out=out / "first", resume=True, accumulate=2, lr=1e-2,
+                               grad_clip=0.5, schedule="cosine", checkpoint_every=3).losses)  # fmt: skip
+    if rank:
+        shutil.copytree(out / "first", out / "other")
+        for path in checkpoint.checkpoints(out / "other"):
+            path.unlink()
+    mine = out / ("other" if rank else "first")
+    try:
+        train(make(), steps=5, out=mine, resume=True, strategy=Strategy("ddp"), accumulate=2)
+    except UsageError as error:
+        said["refused"] = str(error)
+    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)  # the error has ended the group
+    try:
+        train(failing_in_fp32(rank == 1), steps=3, out=out / "local", shadow_every=1, precision="bf16",
+              strategy=Strategy("ddp", timeout_s=8.0))  # fmt: skip
+    except TrainingError as error:
+        said["local"] = str(error)
+    (out / f"said-{rank}.json").write_text(json.dumps(said))
+
+
+def failing_in_fp32(fails: bool) -> ps.Task:
+    """Its loss raises outside autocast, in training, on the process that `fails`."""
+    task = make()
+    own = task.loss
+
+    def loss(model, batch):
+        value = own(model, batch)
+        if fails and model.training and not torch.is_autocast_enabled("cpu"):
+            raise ZeroDivisionError("not in fp32")
+        return value
+
+    return ps.Task(model=task.model, loss=loss, batches=task.batches)
+
+
+def sharded(strategy: str, out: Path, world: int, rank: int) -> None:
+    """Parameters stored low in units of FSDP2, BatchNorm among them, through phases; and a guard changes no number."""
+    from precscope.plans import LayerPrecision, Phase, PrecisionPlan
+
+    low = PrecisionPlan(default=LayerPrecision("bf16", params="bf16"), modules={"head": LayerPrecision("fp32")})
+    mixed = LayerPrecision("bf16", policy="cast", params="fp32")
+    switching = PrecisionPlan(
+        default=mixed, phases=[Phase(from_step=1, precision="fp32"), Phase(from_step=3, precision="plan")]
+    )
+    found = {}
+    for name, plan in (("low", low), ("switching", switching)):
+        plain = run(noisy(), out / name, "fsdp", world=world, plan=plan)
+        guarded = run(noisy(), out / f"{name}-guard", "fsdp", world=world, plan=plan, guard=quick_guard())
+        found[name] = [plain["losses"], guarded["losses"]]
+    (out / f"{rank}.json").write_text(json.dumps(found))
+
+
+def quick_guard():
+    from precscope.training.guard import GuardConfig
+
+    return GuardConfig(action="warn", settle_steps=2, probe_every=2, dense_steps=0)
 
 
 def main() -> None:

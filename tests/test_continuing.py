@@ -15,6 +15,7 @@ from test_checkpoint import PLANS, SETTINGS, Interrupted, Net, interrupted_at, m
 from torch import nn
 
 from precscope.errors import UsageError
+from precscope.plans import PrecisionPlan
 from precscope.tasks import Task, make_task
 from precscope.training import checkpoint, train
 from precscope.training.log import read_log
@@ -248,3 +249,36 @@ def test_a_log_of_before_phases_is_read(tmp_path):
     rows = read_log(tmp_path)
     pq.write_table(pq.read_table(path).drop_columns(["phase"]), path)
     assert [r._replace(eval_loss=0) for r in read_log(tmp_path)] == [r._replace(eval_loss=0) for r in rows]
+
+
+# with a guard
+
+
+def stopped_under_guard(out: Path) -> None:
+    train(make_task(make), steps=6, schedule="none", checkpoint_every=6, out=out, guard="promote", precision="bf16")
+
+
+def test_another_precision_under_a_guard_that_amended_nothing(tmp_path):
+    stopped_under_guard(tmp_path)
+    settings = {"steps": 9, "schedule": "none", "out": tmp_path, "resume": True, "guard": "promote"}
+    result = train(make_task(make), precision="fp16", **settings)
+    assert any("from step 6 on in fp16 (was bf16)" in note for note in result.notes)
+
+
+def test_a_plan_that_a_guard_has_amended_goes_on_and_another_one_is_refused(tmp_path):
+    """What the guard adds to a plan is in the checkpoint: here one promotion, made by hand."""
+    stopped_under_guard(tmp_path)
+    path = checkpoint.checkpoints(tmp_path)[0]
+    state = checkpoint.load(path)
+    start = PrecisionPlan.uniform("bf16")
+    promoted = [["fc1", "fp32", "by hand", ""]]
+    state["guard"]["planner"] = {
+        "start": start.to_json(), "episodes": [{"promotions": promoted, "since": 4, "quiet": 0, "trying": False}]
+    }  # fmt: skip
+    state["plan"], state["word"] = start.replace(modules={"fc1": "fp32"}).to_json(), "plan"
+    checkpoint.save(tmp_path, 6, state)
+    settings = {"steps": 9, "schedule": "none", "out": tmp_path, "resume": True}
+    with pytest.raises(UsageError, match=r"guard of the run in .* has amended another plan .*leave guard= out"):
+        train(make_task(make), precision="fp16", guard="promote", **settings)
+    result = train(make_task(make), precision="bf16", guard="promote", **settings)
+    assert result.plan["fc1"].compute == "fp32" and result.plan["fc2"].compute == "bf16"

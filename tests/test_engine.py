@@ -161,3 +161,26 @@ def test_what_only_some_tasks_do_wrong(tmp_path):
     assert "sync_batchnorm needs GPUs" in said["sync"]
     run = Profile.load(tmp_path / "recorded")
     assert run.run["merged_over"] == 2 and run.run["status"] == "done" and run.truth is not None
+
+
+@pytest.mark.slow
+def test_one_process_that_is_slow_or_fails_alone(tmp_path):
+    """It writes a checkpoint for longer than collectives wait; its shadow step fails; it sees other checkpoints."""
+    succeed(launch(2, "alone", "ddp", tmp_path, script=SCRIPT))
+    first, second = (json.loads((tmp_path / f"said-{rank}.json").read_text()) for rank in (0, 1))
+    assert first["files"] == 1
+    for said in (first, second):
+        assert said["warned"] == ["no shadow steps: running a step in fp32 raised ZeroDivisionError: not in fp32"]
+    assert "ZeroDivisionError: not in fp32, and not on all processes: train without shadow_every" in second["local"]
+    assert "process 0 of 2 cannot go on: another one is gone" in first["local"]
+    assert first["losses"] == second["losses"] == 4  # those before the resume included
+    for said in (first, second):
+        assert "is of 4 steps for process 0 and none for process 1" in said["refused"]
+    assert "2 processes, ddp" in Profile.load(tmp_path / "shadowed").run["note"]
+
+
+@pytest.mark.slow
+def test_low_parameters_and_phases_in_units_of_fsdp2(tmp_path):
+    succeed(launch(2, "sharded", "fsdp", tmp_path, script=SCRIPT))
+    for plain, guarded in json.loads((tmp_path / "0.json").read_text()).values():
+        assert plain == guarded and plain[-1] < plain[0]

@@ -158,3 +158,16 @@ def test_need_is_measured_and_the_mode_meets_it():
     native = best()
     with half_matmul_through_fp32():
         assert best() < native / 2
+
+
+def test_an_encoder_layer_evaluates_under_autocast():
+    """PyTorch's fused kernel for it takes no part in autocast below a mode."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    before = torch.backends.mha.get_fastpath_enabled()
+    with torch.no_grad():
+        true = layer(x)
+        with half_matmul_through_fp32(), torch.autocast("cpu", torch.float16):
+            low = layer(x.half())
+    torch.testing.assert_close(low.float(), true, rtol=0.02, atol=0.02)
+    assert torch.backends.mha.get_fastpath_enabled() is before

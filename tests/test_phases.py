@@ -16,8 +16,10 @@ from precscope.errors import PlanError, UsageError
 from precscope.plans import LayerPrecision, Phase, PrecisionPlan
 from precscope.profiles import Profile
 from precscope.profiling import train_recorded
+from precscope.sites import Role
 from precscope.tasks import Task, make_task
 from precscope.training import TrainConfig, Trainer, checkpoint, make_precision, phases, train
+from precscope.training.guard import Guard
 from precscope.training.log import read_log
 
 
@@ -273,7 +275,7 @@ def test_going_back_into_an_earlier_phase_trains_as_that_phase_says(tmp_path):
     )
     gone_back = []
 
-    class Guard:
+    class GoingBack(Guard):
         """Goes back once, from the last phase into the one before."""
 
         def begin(self, trainer):
@@ -292,15 +294,45 @@ def test_going_back_into_an_earlier_phase_trains_as_that_phase_says(tmp_path):
         def state_dict(self):
             return {}
 
-    trainer.guard = Guard()
-    result = trainer.run()
+    trainer.guard = GoingBack()
+    result = trainer.run(
+        recorder=lambda t: ps.record(
+            t.forward_model, tmp_path, optimizer=t.optimizer, every=1, flush_every=4, exist="append"
+        )
+    )
     assert gone_back == [8]
     assert result.losses == expected.losses and result.evaluations == expected.evaluations
     assert_same(weights(task), weights(whole))
     rows = read_log(tmp_path)
     assert [r.step for r in rows] == list(range(STEPS)) and rows[5].phase == rows[4].phase < rows[-1].phase
-    told = json.loads((tmp_path / "run.json").read_text())["phases"]
-    assert [p["why"] for p in told] == ["start", "phase", "went back", "phase"]
+    told = json.loads((tmp_path / "run.json").read_text())
+    assert [p["why"] for p in told["phases"]] == ["start", "phase", "went back", "phase"]
+    assert told["recorded_steps"] == STEPS
+    once, twice = tmp_path / "once", tmp_path  # each step once, with the numbers of a run that never went back
+    train(make_task(make), plan=plan, out=once, recorder=lambda t: ps.record(
+        t.forward_model, once, optimizer=t.optimizer, every=1, exist="append"), **SETTINGS)  # fmt: skip
+    first, second = (Profile.load(path) for path in (once, twice))
+    assert first.steps == second.steps == list(range(STEPS))
+    counts = [dict(zip(p.sites, p.table.counts, strict=True)) for p in (first, second)]
+    seen = [site for site in first.sites if site.role is not Role.STATE]  # of which some compare with steps before
+    assert {site.role for site in seen} == set(Role) - {Role.STATE}
+    assert all(np.array_equal(counts[0][site], counts[1][site]) for site in seen)
+
+
+def test_fp32_gradients_of_an_fp16_phase_do_not_reach_into_a_bf16_phase(tmp_path):
+    """Autograd widens gradients of fp16 parameters, and would go on to do so where they are bf16: a run resumed there
+    could not know."""
+    low = [PrecisionPlan(default=LayerPrecision(f, params=f)) for f in ("fp16", "bf16")]
+    plan = PrecisionPlan(phases=[Phase(from_step=2, plan=low[0]), Phase(from_step=4, plan=low[1])])
+    settings = {**SETTINGS, "updates": "stochastic", "plan": plan, "checkpoint_every": 5}
+    whole, task = make_task(make), make_task(make)
+    expected = train(whole, out=tmp_path / "whole", **settings)
+    with pytest.raises(Interrupted):
+        train(interrupted_at(6), out=tmp_path / "part", **settings)
+    result = train(task, out=tmp_path / "part", resume=True, **settings)
+    assert result.losses == expected.losses
+    assert_same(weights(task), weights(whole))
+    assert all(p.grad_dtype is p.dtype for p in whole.model.parameters())  # fp32 again, and their gradients too
 
 
 # making them

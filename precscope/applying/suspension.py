@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ModelError
 from .handle import unwrap
 from .inputs import cast_input, map_tensors
 from .spec import MARK
 from .swaps import refresh_flat_weights
 
 _WIDE = (torch.float32, torch.float64)
+_LOW = (torch.bfloat16, torch.float16)
 _SWITCHES = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
 
 
@@ -36,7 +38,8 @@ def suspended(model: nn.Module) -> Iterator[dict[Tensor, Tensor]]:
 
     Yields stand-in -> stored tensor, for those parameters that have a stand-in: gradients are in `stand_in.grad`. What
     is written to a stand-in (a running statistic) is dropped: use with `preserved`, which drops the others' too.
-    Two threads must not run the model at once; autocast is off for all threads that enter it meanwhile.
+    Two threads must not run the model at once; autocast is off for all threads that enter it meanwhile. Raises
+    ModelError for a model that FSDP2 shards with parameters stored low.
     """
     root = unwrap(model)
     with ExitStack() as stack:
@@ -119,6 +122,11 @@ def _plan_lifted(root: nn.Module) -> Iterator[None]:
 @contextmanager
 def _stored_wide(root: nn.Module) -> Iterator[dict[Tensor, Tensor]]:
     """fp32 stand-ins in place of parameters and buffers that are stored low; one for all owners of a tied one."""
+    if any(hasattr(type(m), "reshard") for m in root.modules()) and any(p.dtype in _LOW for p in root.parameters()):
+        raise ModelError(
+            "this model is sharded by FSDP2 and stores parameters in 16 bits, which it gathers as they are: it cannot "
+            "be run in fp32 (no shadow steps, no comparison of a guard with fp32); use strategy='ddp' for those"
+        )
     stand_ins: dict[Tensor, Tensor] = {}  # stored -> stand-in
     swapped: list[tuple[dict[str, Any], str, Tensor]] = []
     recurrent = [module for module in root.modules() if isinstance(module, nn.RNNBase)]

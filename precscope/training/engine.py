@@ -37,7 +37,7 @@ STRATEGIES = ("ddp", "fsdp")
 PEER_GONE = 3
 """Exit status of a process that ended because another one did, so that a launcher can tell which was first."""
 _joined = False  # whether this module made the process group
-_alone = itertools.count()  # times that the main process worked alone; as many on all of them
+_alone, _asked = itertools.count(), itertools.count()  # calls of main_alone and all_did: as many on all processes
 _GONE = ("closed by peer", "reset by peer", "Timed out", "timed out", "Broken pipe", "Application timeout", "NCCL")
 
 
@@ -102,6 +102,9 @@ class Engine:
         it is. To be called before the optimizer is made: parameters may be others afterwards."""
         return model
 
+    def replanned(self, model: nn.Module) -> None:
+        """Another plan is on the model since it was wrapped."""
+
     def check(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Raises TaskError where the optimizer does not hold the parameters of the wrapped model."""
 
@@ -139,6 +142,11 @@ class Engine:
     def gather_objects(self, value: Any) -> list[Any]:
         """`value` of each process, by rank."""
         return [value]
+
+    def all_did(self, done: bool) -> bool:
+        """Whether `done` is true on all processes, asked where one of them may have failed alone. Raises TrainingError
+        where some do not come within `timeout_s`: they wait for this one elsewhere."""
+        return done
 
     @contextmanager
     def main_alone(self) -> Iterator[bool]:
@@ -186,6 +194,21 @@ class Processes(Engine):
         everybody: list[Any] = [None] * self.world
         dist.all_gather_object(everybody, value)
         return everybody
+
+    def all_did(self, done: bool) -> bool:
+        from ..recording.channel import default_store
+
+        store, number = default_store(), next(_asked)
+        names = [f"precscope/did/{number}/{rank}" for rank in range(self.world)]
+        store.set(names[self.rank], str(int(done)))
+        store.delete_key(f"precscope/did/{number - 1}/{self.rank}")  # all have read it: they have taken steps since
+        try:
+            store.wait(names, timedelta(seconds=self.strategy.timeout_s))
+        except RuntimeError as error:
+            raise TrainingError(
+                f"process {self.rank} of {self.world} waited {self.strategy.timeout_s:g} s for the others"
+            ) from error
+        return all(store.get(name) == b"1" for name in names)
 
     @contextmanager
     def main_alone(self) -> Iterator[bool]:

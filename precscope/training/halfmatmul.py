@@ -140,6 +140,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 def _is_composite(func: Any) -> bool:
     return (
         isinstance(func, torch._ops.OpOverload)
+        and func.namespace != "prim"  # tracers ask for attributes of tensors with these: no kernels are registered
         and func._can_decompose()
         and func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
     )

@@ -91,10 +91,11 @@ class TrainLog:
         self.rows = [row for row in self.rows if row.step < step]
         self._written = -1
 
-    def load_before(self, step: int) -> None:
-        """Take over the rows before `step` from the file of an earlier part of this run."""
-        if self.out is not None and (self.out / "train.parquet").exists():
-            self.rows = [row for row in read_log(self.out) if row.step < step]
+    def load_before(self, step: int, out: Path | None) -> None:
+        """Take over the rows before `step` from the file in `out` of an earlier part of this run, on processes that
+        write none, too."""
+        if out is not None and (out / "train.parquet").exists():
+            self.rows = [row for row in read_log(out) if row.step < step]
 
 
 def read_log(out: str | Path) -> list[Row]:

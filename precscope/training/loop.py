@@ -29,7 +29,7 @@ from .optim import clip, gradients, make_optimizer, set_lr
 from .precision import LossScaler, Precision, make_precision
 from .readings import Readings
 from .result import TrainResult
-from .shadowing import ShadowSteps, entered
+from .shadowing import ShadowSteps, entered, may_shadow
 
 if TYPE_CHECKING:
     from ..plans import PrecisionPlan
@@ -95,7 +95,7 @@ class Trainer:
         with ExitStack() as stack:
             stack.enter_context(in_mode(self.model, training=True))
             stack.callback(self._applied.close)
-            self._begin(state)
+            self._begin(state, recorder)
             stack.enter_context(persistence.outcome(self))
             stack.enter_context(self.compiler.running())
             with entered(recorder, self) as self.watch:
@@ -111,7 +111,7 @@ class Trainer:
             persistence.save_model(self)
         return result
 
-    def _begin(self, state: dict[str, Any] | None) -> None:
+    def _begin(self, state: dict[str, Any] | None, recorder: Any) -> None:
         """Precision on the model, optimizer, wrappers; where `state` is given, on from there."""
         if state is not None:
             self.plan = continuing.plan(self, state)
@@ -121,7 +121,7 @@ class Trainer:
             self.precision = self._precision_of(self.plan.at_step(self.in_force))
         self._put_on(self.precision)
         self.history.append(phases.entry(self.in_force, self.precision, "start"))
-        fixed = self.guard is None and not (self.plan is not None and self.plan.phases)
+        fixed = self.guard is None and not may_shadow(recorder) and not (self.plan is not None and self.plan.phases)
         self.forward_model = self.compiler.wrap(self.engine.wrap(self.model, self.precision, fixed=fixed))
         # once the plan is on the model: it may store parameters low, and the optimizer's state follows them
         self.optimizer = make_optimizer(self.task, self.config, self.plan)
@@ -157,7 +157,7 @@ class Trainer:
         scale = self.precision.scale()
         self.precision.unscale(self.optimizer)
         if shadowed:
-            self.shadows.run(self.watch, self.loss_of, loss, processes=self.engine.world)
+            self.shadows.run(self.watch, self.loss_of, loss, self.engine)
         grads = gradients(self.optimizer)
         if not grads:
             raise TaskError("no parameter got a gradient: does the loss depend on what the optimizer holds?")
@@ -212,7 +212,7 @@ class Trainer:
 
     def switch(self, plan: PrecisionPlan, *, step: int, why: str = "switched") -> None:
         """Train with `plan` from `step` on, between two steps; the optimizer keeps its state, the loss scale its
-        value. why: for run.json."""
+        value. why: for run.json; "": the plan is only tried, and not noted there."""
         self.plan = plan
         self._switch_precision(step, why)
 
@@ -227,6 +227,10 @@ class Trainer:
         self.next_step = persistence.restore(self, state, back=True)
         if hasattr(self.watch, "go_back"):
             self.watch.go_back(self.watch.index - steps)
+
+    def on_leaving(self, callback: Callable[..., Any], *arguments: Any) -> None:
+        """Have `callback` called when the precision in force is left: at a switch, and at the end, whatever ends it."""
+        self._applied.callback(callback, *arguments)
 
     def repeat(self, step: int) -> None:
         """Take the steps from `step` on again, with the weights as they are: those since were all left out. Only
@@ -256,11 +260,13 @@ class Trainer:
         precision.take_over(self.precision)
         self._applied.close()
         self._put_on(precision)
+        self.engine.replanned(self.model)
         phases.match_state(self.optimizer, before)
         self.in_force = step
-        self.history.append(phases.entry(step, precision, why))
-        persistence.switched(self)
-        self.compiler.replanned(self.next_step)
+        if why:
+            self.history.append(phases.entry(step, precision, why))
+            persistence.switched(self)
+            self.compiler.replanned(self.next_step)
         if hasattr(self.watch, "scaler"):
             self.watch.scaler = self.scaler
 

@@ -175,7 +175,7 @@ def restore(trainer: Trainer, state: dict[str, Any], *, back: bool = False) -> i
         if trainer.out is not None and trainer.engine.main:
             checkpoint.remove_after(trainer.out, state["step"])
     else:
-        trainer.log.load_before(state["step"])
+        trainer.log.load_before(state["step"], trainer.out)
         trainer.history = _joined(list(state.get("history", [])), trainer.history[-1], state["step"])
         trainer.best = checkpoint.best(trainer.out) if trainer.out is not None else None
         trainer.evaluations = _evaluations(trainer)
@@ -192,9 +192,7 @@ def drop_from(trainer: Trainer, step: int) -> None:
 def _evaluations(trainer: Trainer) -> list[tuple[int, float]]:
     """Those that the log knows, but for that at the end of the run, which is made anew."""
     last = trainer.config.steps
-    return [
-        (r.step + 1, r.eval_loss) for r in trainer.log.rows if not math.isnan(r.eval_loss) and r.step + 1 < last
-    ]
+    return [(r.step + 1, r.eval_loss) for r in trainer.log.rows if not math.isnan(r.eval_loss) and r.step + 1 < last]
 
 
 def _joined(history: list[dict[str, Any]], now: dict[str, Any], step: int) -> list[dict[str, Any]]:

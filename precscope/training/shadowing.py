@@ -14,6 +14,7 @@ from ..batches import RandomStates, copy_containers
 from ..errors import RunDirectoryError, TrainingError, UsageError
 
 if TYPE_CHECKING:
+    from .engine import Engine
     from .loop import Trainer
 
 
@@ -40,13 +41,11 @@ class ShadowSteps:
         """Remember a micro-batch that is about to be run."""
         self._kept.append((copy_containers(batch), RandomStates.take(cuda=True)))
 
-    def run(
-        self, watch: Any, loss_of: Callable[[Any], torch.Tensor], loss: torch.Tensor, *, processes: int = 1
-    ) -> None:
+    def run(self, watch: Any, loss_of: Callable[[Any], torch.Tensor], loss: torch.Tensor, engine: Engine) -> None:
         """The kept micro-batches once more in fp32, with the same random numbers. loss: of the running step.
 
-        Where that fails (memory, or code that fp32 does not suit), warn and train on without shadow steps. One of
-        several processes raises TrainingError: the others are in the midst of theirs and wait for it.
+        Where that fails (memory, or code that fp32 does not suit) on any process, all warn and train on without shadow
+        steps. Raises TrainingError where it fails on some while the others wait for them in the midst of theirs.
         """
         kept, self._kept = self._kept, []
         count = len(kept)
@@ -58,18 +57,25 @@ class ShadowSteps:
 
             return again
 
+        failure: Exception | None = None
         try:
             watch.shadow([closure(batch) for batch, _ in kept], loss=loss, random=[state for _, state in kept])
         except RunDirectoryError:
             raise
         except Exception as error:
-            self._fails = True
-            reason = (str(error).strip().splitlines() or [""])[0]
-            what = f"running a step in fp32 raised {type(error).__name__}: {reason:.200}"
-            if processes > 1:
-                text = f"{what}, in a shadow step of {processes} processes: train without shadow_every"
-                raise TrainingError(text) from error
-            warnings.warn(f"no shadow steps: {what}", RuntimeWarning, stacklevel=2)
+            failure = error
+        reason = (str(failure).strip().splitlines() or [""])[0]
+        said = f"running a step in fp32 raised {type(failure).__name__}: {reason:.200}"
+        try:
+            self._fails = not engine.all_did(failure is None)
+        except TrainingError as error:
+            if failure is None:
+                raise
+            raise TrainingError(f"{said}, and not on all processes: train without shadow_every ({error})") from failure
+        if failure is not None:
+            warnings.warn(f"no shadow steps: {said}", RuntimeWarning, stacklevel=2)
+        elif self._fails:
+            warnings.warn("no shadow steps: they failed on another process", RuntimeWarning, stacklevel=2)
 
 
 @contextmanager
@@ -83,6 +89,13 @@ def entered(recorder: Any, trainer: Trainer) -> Iterator[Recorder | None]:
         return
     with recorder(trainer) as watch:
         yield watch
+
+
+def may_shadow(recorder: Any) -> bool:
+    """Whether the recorder of a run, or what makes it, may ask for shadow steps."""
+    return (
+        recorder is not None and getattr(recorder, "shadow_every", None if hasattr(recorder, "step") else 1) is not None
+    )
 
 
 def shadow_recorder(

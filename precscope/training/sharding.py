@@ -45,6 +45,7 @@ class Shards(Processes):
         self._model: nn.Module | None = None
         self._classes: dict[nn.Module, type] = {}
         self._stored: dict[tuple[nn.Module, str], torch.dtype] = {}
+        self._unit_of: dict[nn.Module, nn.Module] = {}
 
     def wrap(self, model: nn.Module, precision: Precision, *, fixed: bool = True) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
@@ -58,7 +59,7 @@ class Shards(Processes):
         group_of = groups(model)
         layers = _layers(model, precision) if fixed else {}
         if precision.plan is not None and not fixed:
-            self.notes.append("FSDP2 leaves the plan, which may change under way, to the plan's hooks")
+            self.notes.append("FSDP2 leaves the plan, which may change or be lifted for a step, to the plan's hooks")
         mapped, kept = [], defaultdict(list)
         for unit, members in reversed(group_of.items()):  # inner ones first
             policy, why = policy_of(members, layers)
@@ -68,11 +69,15 @@ class Shards(Processes):
             elif policy.param_dtype is not None:
                 mapped.append(name)
             fully_shard(unit, mesh=mesh, mp_policy=policy)
-        _keep_swaps_inside(group_of)
+        self._unit_of = {m: unit for unit, members in group_of.items() for m in members}
+        self.replanned(model)
         self.notes += _in_words(mapped, kept, len(group_of))
         if any(buffer.is_floating_point() for buffer in model.buffers()):
             self._handles.append(model.register_forward_pre_hook(self._buffers_of_the_first))
         return model
+
+    def replanned(self, model: nn.Module) -> None:
+        _keep_regions_inside(self._unit_of)
 
     def check(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         own = {id(p) for p in model.parameters()}
@@ -262,14 +267,15 @@ def _layers(model: nn.Module, precision: Precision) -> dict[nn.Module, LayerPrec
     return {names[name]: layer for name, layer in resolved.items()}
 
 
-def _keep_swaps_inside(group_of: dict[nn.Module, list[nn.Module]]) -> None:
-    """A planned forward casts what is stored otherwise for itself and the modules under it. Those of another unit are
-    not gathered yet when it begins: their own forwards, or their unit's policy, cast them."""
-    unit_of = {m: unit for unit, members in group_of.items() for m in members}
+def _keep_regions_inside(unit_of: dict[nn.Module, nn.Module]) -> None:
+    """The outermost planned forward of a region casts what is stored otherwise, for itself and the modules under it.
+    Those of another unit are not gathered yet when it begins: a region ends where a unit does."""
+    regions: dict[tuple[nn.Module, int], int] = {}
     for module, unit in unit_of.items():
         spec = module.__dict__.get(MARK)
         if spec is not None:
             spec.swap = tuple(m for m in spec.swap if unit_of.get(m) is unit)
+            spec.region = regions.setdefault((unit, spec.region), len(regions))
 
 
 def _take_storage(model: nn.Module) -> dict[tuple[nn.Module, str], torch.dtype]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,13 +53,19 @@ class Episode:
 
 @dataclass
 class Tried:
-    """promotions: what was tried, [] where nothing helped. seen, scale, error: the step with it. words: how it went."""
+    """promotions: what was tried. scale, error: of the step with it; error is NaN where fp32 could not be run."""
 
     promotions: list[Promotion]
-    seen: Look
     scale: float
     error: float
-    words: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """What was promoted, in words, and how good it is."""
+        parts = [f"{p.target or '(root)'} to {p.compute}" for p in self.promotions]
+        shown = ", ".join(parts[:4]) + (f" and {len(parts) - 4} more" if len(parts) > 4 else "")
+        known = not math.isnan(self.error)
+        return f"From here on {shown}" + (f": the gradient is within {self.error:.1%} of fp32's" if known else "")
 
 
 class Planner:
@@ -82,9 +88,9 @@ class Planner:
         held = [p for e in self.episodes if not e.trying for p in e.promotions]
         return amended(self.start, [*held, *more], self.names)
 
-    def put(self, trainer: Trainer, step: int, more: Sequence[Promotion] = ()) -> None:
-        """Train on with that."""
-        trainer.switch(self.plan(trainer, more), step=step, why="guard")
+    def put(self, trainer: Trainer, step: int, more: Sequence[Promotion] = (), *, tried: bool = False) -> None:
+        """Train on with that. tried: it is not said yet that it stays."""
+        trainer.switch(self.plan(trainer, more), step=step, why="" if tried else "guard")
 
     def all_high(self, trainer: Trainer) -> bool:
         """Whether nothing computes below fp32."""
@@ -100,7 +106,6 @@ class Planner:
         true = verdict.true or look_in_fp32(trainer, step, random=random)
         self._step, self._random, self._true = step, random, true
         best: Tried | None = None
-        history = list(trainer.history)
         for promotions in self._candidates(trainer, verdict, scale):
             tried = self._try(trainer, promotions, scale)
             if tried is None:
@@ -109,22 +114,21 @@ class Planner:
                 best = tried
             if best.error <= self.config.tolerance:
                 break
-        trainer.history[:] = history  # what was only tried is not part of it
         self.put(trainer, step, best.promotions if best is not None else ())
         return best
 
     def _candidates(self, trainer: Trainer, verdict: Verdict, scale: float) -> Any:
         """Lists of promotions, the least change first. Each is tried before the next is asked for."""
-        named: list[Promotion] = []
-        if verdict.found is not None:
-            named = self._one_by_one(trainer, verdict, scale)
-        if not named:
-            named = self._by_halves(trainer, scale, verdict.error if verdict.kind == "harm" else self.config.tolerance)
+        named = self._one_by_one(trainer, verdict, scale) if verdict.found is not None else []
+        wide = [replace(p, compute="fp32") for p in named]
         if named:
             yield named
-            wide = [replace(p, compute="fp32") for p in named]
-            if wide != named:
-                yield wide
+        if wide != named:
+            yield wide
+        error = verdict.error if verdict.kind == "harm" else 2 * self.config.tolerance
+        more = self._by_halves(trainer, scale, error, wide)
+        if more:
+            yield [*wide, *more]
         now = format_of(self.plan(trainer).at_step(self._step), EVERYTHING)
         for compute in safer(now):
             yield [Promotion(EVERYTHING, compute, f"guard, step {self._step}: {verdict.text}")]
@@ -142,7 +146,7 @@ class Planner:
             end = get_format(compute).max
             reason = f"guard, step {self._step}: {found.place}: {found.cause}; {compute} ends at {end:.3g}"
             promotions.append(Promotion(target, compute, reason))
-            self.put(trainer, self._step, promotions)
+            self.put(trainer, self._step, promotions, tried=True)
             seen, _ = self._look(trainer, scale)
             if self._cured(trainer, seen):
                 return self._needed(trainer, promotions, scale)
@@ -151,7 +155,7 @@ class Planner:
                 if seen.found is None:
                     first = len(promotions) - count
                     promotions = [*promotions[:first], *(replace(p, compute="fp32") for p in promotions[first:])]
-                    self.put(trainer, self._step, promotions)
+                    self.put(trainer, self._step, promotions, tried=True)
                     seen, _ = self._look(trainer, scale)
                     if self._cured(trainer, seen):
                         return self._needed(trainer, promotions, scale)
@@ -168,43 +172,43 @@ class Planner:
         """Those of them without which it would not do."""
         for promotion in promotions[:-1] if len(promotions) <= _PRUNED else []:
             fewer = [p for p in promotions if p is not promotion]
-            self.put(trainer, self._step, fewer)
+            self.put(trainer, self._step, fewer, tried=True)
             if self._cured(trainer, self._look(trainer, scale)[0]):
                 promotions = fewer
         return promotions
 
-    def _by_halves(self, trainer: Trainer, scale: float, error: float) -> list[Promotion]:
-        """No op to name, or none whose own module is to blame (code outside every module computes in the format of what
-        modules hand to it): modules in fp32, half of them, a quarter ..., as long as that takes most of the error
-        away."""
-        plan = self.plan(trainer).at_step(self._step)
+    def _by_halves(self, trainer: Trainer, scale: float, error: float, named: list[Promotion]) -> list[Promotion]:
+        """No op to name, or not only that (code outside every module computes in the format of what modules hand to
+        it): modules that besides `named` go to fp32, half of them, a quarter ..., as long as the gradient's error is
+        below half of `error`."""
+
+        def helps(names: list[str]) -> bool:
+            self.put(trainer, self._step, [*named, *self._to_fp32(names)], tried=True)
+            seen = run_plain(trainer, self._step, scale=scale, random=self._random)
+            return error_of(trainer, seen, self._true) < 0.5 * error
+
+        plan = self.plan(trainer, named).at_step(self._step)
         low = [n for n in self.names.every if safer(plan[n].compute)]
-        found = low if self._error_with(trainer, low, scale) < 0.5 * error else []
+        found = low if helps(low) else []
         while len(found) > 1:
             half = len(found) // 2
-            parts = [p for p in (found[:half], found[half:]) if self._error_with(trainer, p, scale) < 0.5 * error]
+            parts = [p for p in (found[:half], found[half:]) if helps(p)]
             if not parts:
                 break
             found = parts[0]
-        if len(found) > self.config.max_promotions:
-            return []
-        return self._to_fp32(found)
-
-    def _error_with(self, trainer: Trainer, names: list[str], scale: float) -> float:
-        self.put(trainer, self._step, self._to_fp32(names))
-        return error_of(trainer, run_plain(trainer, self._step, scale=scale, random=self._random), self._true)
+        return self._to_fp32(found) if len(found) <= self.config.max_promotions else []
 
     def _to_fp32(self, names: list[str]) -> list[Promotion]:
         reason = f"guard, step {self._step}: with fp32 here the gradient is near that of fp32 throughout"
         return [Promotion(name, "fp32", reason) for name in names]
 
     def _try(self, trainer: Trainer, promotions: list[Promotion], scale: float) -> Tried | None:
-        self.put(trainer, self._step, promotions)
+        self.put(trainer, self._step, promotions, tried=True)
         seen, fit = self._look(trainer, scale)
         if not seen.ran:
             return None
         error = error_of(trainer, seen, self._true) if self._true.ran else math.nan
-        return Tried(promotions, seen, fit, error) if seen.clean or error < math.inf else None
+        return Tried(promotions, fit, error) if seen.clean or error < math.inf else None
 
     def _look(self, trainer: Trainer, scale: float) -> tuple[Look, float]:
         if trainer.scaler is None:

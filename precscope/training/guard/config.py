@@ -28,9 +28,10 @@ class GuardConfig:
     of the last `history` steps by `spike_mads` robust standard deviations, and the norm `spike_ratio` times that, in
     `spike_repeats` of the last 5 steps. skip_ratio: "skip" leaves out a step whose norm is so many times the median
     (and 8 robust standard deviations) beyond it. tolerance: relative error of the whole gradient against fp32 above
-    which a format that overflows counts as harmful (five times as much where nothing overflows). probe_every: steps
-    between comparisons with fp32 for no reason at all, the first after settle_steps; None: none. swallowed: share of
-    the model's progress that storage below fp32 may swallow; looked at every `storage_every` steps.
+    which a format that overflows counts as harmful (five times as much where nothing overflows). probe_every: most
+    steps between comparisons with fp32 for no reason at all, the first after settle_steps, the next after as many, then
+    twice as many, ...; None: none. swallowed: share of the model's progress that storage below fp32 may swallow; looked
+    at every `storage_every` steps.
 
     Acting. quiet_steps: steps without alarm after which a demoted format is tried again; doubles after each failure;
     None: never. max_promotions: modules promoted in one alarm before the whole model is. max_rollbacks: to one place.

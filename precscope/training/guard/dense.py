@@ -70,7 +70,7 @@ class DenseRecording:
             self._failed = True
             return
         self._own = trainer.watch = recorder
-        trainer._applied.callback(self.stop, trainer)  # no hook may outlive the run, whatever ends it
+        trainer.on_leaving(self.stop, trainer)  # no hook may outlive the run, whatever ends it
 
 
 def _told(trainer: Trainer) -> dict[str, Any]:

@@ -25,10 +25,10 @@ NAME = "events.jsonl"
 class Event:
     """One line. step: optimizer step, from 0. kind: what was seen ("overflow", "invalid", "scale", "spike", "harm",
     "swallowed", "data", "weights", "everywhere", "unexplained", "replay") or happens by itself ("resume", "quiet").
-    action: what was done ("none", "warn", "promote", "rollback", "skip", "retry", "keep", "restore", "stop"). module,
-    op: at fault, "" where none is known (or where it is the root module, see text); code outside every module is
-    "(outside)". text: in words. numbers: the same for machines. plan: file of the plan from here on, "" where it did
-    not change."""
+    action: what was done ("none", "warn", "rescale", "promote", "rollback", "skip", "retry", "keep", "restore",
+    "stop"). module, op: at fault, "" where none is known (or where it is the root module, see text); code outside every
+    module is "(outside)". text: in words. numbers: the same for machines. plan: file of the plan from here on, "" where
+    it did not change."""
 
     step: int
     kind: str

@@ -9,9 +9,8 @@ import torch
 
 from ...batches import RandomStates
 from ...errors import TrainingError
-from .. import phases
 from ..log import Row
-from .actions import Episode, NormLimit, Planner, Tried
+from .actions import Episode, NormLimit, Planner
 from .amending import EVERYTHING, Promotion, format_of, safer
 from .config import GuardConfig
 from .dense import DenseRecording
@@ -20,7 +19,7 @@ from .files import remove_old, save_failing_step, save_plan
 from .judging import Verdict, by_scale, judge
 from .looking import look
 from .signals import Signal, Signals
-from .snapshots import GoodBuffers, Snapshots
+from .snapshots import GoodBuffers, Snapshots, one_pass, take_again
 from .storage import Lost, StorageWatch
 
 if TYPE_CHECKING:
@@ -29,7 +28,10 @@ if TYPE_CHECKING:
 _ATTENTIVE = 20  # steps after an alarm during which the device is read at every step
 _KEEP_EVERY = 10  # steps between copies of running statistics
 _PARTS = ("signals", "planner", "buffers", "limit", "storage")
-_NUMBERS = ("_alarms", "_last_alarm", "_last_kind", "_limit_until", "_attentive_until", "_saved", "_probes", "_left_out")
+_NUMBERS = (
+    "_alarms", "_last_alarm", "_last_kind", "_limit_until", "_attentive_until", "_saved", "_next_probe", "_wait",
+    "_left_out", "_sound", "_spiked", "_back_for",
+)  # fmt: skip
 """What of a guard goes into a checkpoint."""
 
 
@@ -50,9 +52,13 @@ class Guard:
         self._alarms, self._last_alarm, self._last_kind = 0, -(10**9), ""
         self._hits: list[int] = []  # steps that failed for a module
         self._inspect: tuple[int, int] | None = None  # after going back: steps to look at before they are taken
+        self._spiked = False  # whether that is for a spike, or weights that are not finite: of no module
+        self._back_for = -1  # the last step that was gone back for
         self._rollbacks: dict[int, int] = {}
-        self._limit_until, self._attentive_until, self._saved, self._probes = 0, 0, 0, 0
+        self._limit_until, self._attentive_until, self._saved = 0, 0, 0
+        self._next_probe = self._wait = self.config.settle_steps
         self._left_out = 0  # steps in a row, up to the last one read, that were not taken
+        self._sound = -1  # the last step that was seen to be as in fp32
 
     @property
     def events(self) -> list[Event]:
@@ -125,11 +131,11 @@ class Guard:
 
     def _probe(self, trainer: Trainer, row: Row) -> Signal | None:
         """A look for no reason, now and then: a format may be wrong from the first step on, and nothing stands out."""
-        every, first, done = self.config.probe_every, self.config.settle_steps, trainer.next_step
-        if every is None or row.skipped or done < first or (done - first) // every < self._probes:
+        every, done = self.config.probe_every, trainer.next_step
+        if every is None or row.skipped or done < self._next_probe:
             return None
-        self._probes = (done - first) // every + 1
-        return Signal("suspect", row.step, row.scale, row.step, {})
+        self._next_probe, self._wait = done + min(self._wait, every), 2 * self._wait
+        return Signal("suspect", row.step, row.scale, self._sound + 1, {})
 
     # alarms
 
@@ -145,6 +151,8 @@ class Guard:
             return  # known by now: told at the first, second, fourth, eighth ... alarm
         with self.buffers.put_right(trainer, stay=self.config.acts):
             verdict = judge(trainer, signal, self.config, random)
+        if verdict.kind == "sound":
+            self._sound = step
         if signal.kind == "suspect" and verdict.kind not in ("module", "harm"):
             return
         self._last_kind = verdict.kind
@@ -158,7 +166,7 @@ class Guard:
         if verdict.kind in ("module", "everywhere") and self._saved < config.save_steps:
             self._saved += save_failing_step(trainer, step, verdict, random)
         if verdict.kind == "scale":
-            self._tell(trainer, signal, verdict, "none")
+            self._rescale(trainer, signal, verdict)
         elif verdict.kind in ("module", "harm"):
             self._hits = [hit for hit in self._hits if hit > step - config.window] + [step]
             enough = min(config.overflow_repeats, trainer.config.nonfinite_limit)
@@ -211,7 +219,7 @@ class Guard:
         self.planner.episodes.append(Episode(tried.promotions, next_step, quiet))
         again = self._changed(trainer, tried.scale)
         self._tell(
-            trainer, signal, verdict, "promote", text=f"{verdict.text}. {_words_of(tried)}{again}",
+            trainer, signal, verdict, "promote", text=f"{verdict.text}. {tried.text}{again}",
             numbers={"error": tried.error}, plan=save_plan(trainer, self.planner),
             modules={p.target: p.compute for p in tried.promotions},
         )  # fmt: skip
@@ -236,18 +244,20 @@ class Guard:
         if trainer.scaler is not None and scale != trainer.scaler.get_scale():
             trainer.scaler.update(scale)  # its falls were no fault of the scale; or the one that was seen to fit
         trainer.readings.forget()
-        words, first = "", trainer.next_step - self._left_out
-        if trainer.plan is not None and trainer.plan.phases:
-            first = max([first, *(s for s in phases.starts(trainer.plan) if s < trainer.next_step)])
-        if first < trainer.next_step and not _one_pass(trainer):
-            count = trainer.next_step - first
-            words = f"; {count} step{'s' if count > 1 else ''} left out, taken again from step {first} on"
-            trainer.repeat(first)
-        self._left_out = 0
+        words, self._left_out = take_again(trainer, self._left_out), 0
         self.snapshots.changed(trainer.next_step)
         self.signals.forget_history()
         self._hits.clear()
         return words
+
+    def _rescale(self, trainer: Trainer, signal: Signal, verdict: Verdict) -> None:
+        """Too high a loss scale is brought down at once, rather than by a lost step for each halving."""
+        if not self.config.acts or trainer.scaler is None or not self._left_out:
+            self._tell(trainer, signal, verdict, "none")
+            return
+        trainer.scaler.update(min(verdict.scale, trainer.scaler.get_scale()))
+        again, self._left_out = take_again(trainer, self._left_out), 0
+        self._tell(trainer, signal, verdict, "rescale", text=f"{verdict.text}{again}")
 
     def _scale_of(self, trainer: Trainer) -> float:
         return trainer.scaler.get_scale() if trainer.scaler is not None else 1.0
@@ -279,16 +289,19 @@ class Guard:
 
     def _went_back(self, trainer: Trainer, signal: Signal, verdict: Verdict) -> bool:
         """Go back to the last good state, where that is what to do and there is one."""
-        if self.config.action != "rollback" or _one_pass(trainer) or signal.numbers.get("ahead"):
+        if self.config.action != "rollback" or one_pass(trainer) or signal.numbers.get("ahead"):
             return False
-        state = self.snapshots.before(trainer, signal.first)
+        if signal.step <= self._back_for:
+            return False  # that was looked at already, before it was taken
+        state = self.snapshots.before(trainer, signal.first) or self.snapshots.before(trainer, signal.step)
         if state is None or self._rollbacks.get(state["step"], 0) >= self.config.max_rollbacks:
             return False
         trainer.rollback(state)
         to = state["step"]
-        self._rollbacks[to] = self._rollbacks.get(to, 0) + 1
+        self._rollbacks[to], self._back_for = self._rollbacks.get(to, 0) + 1, signal.step
         self._inspect = (to if verdict.kind == "weights" else max(to, signal.first), signal.step)
         self._attentive_until, self._left_out = signal.step + _ATTENTIVE, 0
+        self._spiked = verdict.kind in ("weights", "sound")
         self.signals.forget_history()
         text = f"{verdict.text}; back to step {to}, to look at step {self._inspect[0]} before it is taken"
         self._tell(trainer, signal, verdict, "rollback", text=text, numbers={"to": to})
@@ -309,7 +322,7 @@ class Guard:
         if verdict.kind in ("module", "harm"):
             self._inspect, self._limit_until = None, 0  # what follows was to be seen in the old precision
             self._promote(trainer, signal, verdict, random)
-        elif verdict.kind == "sound" and not self._limit_until:
+        elif verdict.kind == "sound" and self._spiked and not self._limit_until:
             self._limit_until = end + _ATTENTIVE
             text = f"{verdict.text}: not a matter of precision; steps with too large a gradient are left out here"
             self._tell(trainer, signal, verdict, "skip", text=text)
@@ -335,14 +348,16 @@ class Guard:
     def _try_again(self, trainer: Trainer, step: int, episode: Episode) -> None:
         """One step is run in the demoted format and compared with fp32 first: that costs nothing where it fails."""
         episode.trying, episode.since = True, trainer.next_step
-        self.planner.put(trainer, step)
+        self.planner.put(trainer, step, tried=True)
         probe = Signal("suspect", step, self._scale_of(trainer), step, {})
-        if judge(trainer, probe, self.config, None).kind in ("sound", "scale"):
-            self._quiet(trainer, step, episode, "retry", "is tried again", plan=save_plan(trainer, self.planner))
-            return
-        episode.trying, episode.quiet = False, 2 * episode.quiet
+        holds = judge(trainer, probe, self.config, None).kind in ("sound", "scale")
+        if not holds:
+            episode.trying, episode.quiet = False, 2 * episode.quiet
         self.planner.put(trainer, step)
-        self._quiet(trainer, step, episode, "keep", f"would still fail: next try in {episode.quiet} steps")
+        if holds:
+            self._quiet(trainer, step, episode, "retry", "is tried again", plan=save_plan(trainer, self.planner))
+        else:
+            self._quiet(trainer, step, episode, "keep", f"would still fail: next try in {episode.quiet} steps")
 
     def _quiet(self, trainer: Trainer, step: int, episode: Episode, action: str, words: str, plan: str = "") -> None:
         names = [p.target for p in episode.promotions]
@@ -375,18 +390,5 @@ class Guard:
             kind = verdict.found.kind
         module = verdict.module or next(iter(modules or {}), "")
         self._log.write(Event(signal.step, kind, action, text, module, verdict.op, about, plan))
-        if action not in ("none", "stop") and trainer.engine.main:
+        if action not in ("none", "rescale", "stop") and trainer.engine.main:
             warnings.warn(f"guard, step {signal.step}: {text}", RuntimeWarning, stacklevel=4)
-
-
-def _one_pass(trainer: Trainer) -> bool:
-    """Whether the data come from a generator that cannot be read again."""
-    return getattr(getattr(trainer.task, "_reader", None), "one_pass", False)
-
-
-def _words_of(tried: Tried) -> str:
-    """What was promoted, in words, and how good it is."""
-    parts = [f"{p.target or '(root)'} to {p.compute}" for p in tried.promotions]
-    shown = ", ".join(parts[:4]) + (f" and {len(parts) - 4} more" if len(parts) > 4 else "")
-    known = tried.error == tried.error
-    return f"From here on {shown}" + (f": the gradient is within {tried.error:.1%} of fp32's" if known else "")

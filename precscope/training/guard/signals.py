@@ -19,7 +19,7 @@ from .config import GuardConfig
 
 _IN_A_ROW, _IN_A_ROW_AT_FIRST = 3, 12
 _SPAN = 5  # steps within which a spike repeats
-_LEAST = 32  # steps that a median needs
+_LEAST = 32  # steps that the median needs beside which a step is a spike
 _RECENT = 16  # steps beside which a step is a suspect
 _SUSPECT_MADS, _SUSPECT_LOG2 = 4.0, 2.0
 _STALE = 8  # steps for which medians are used again
@@ -97,11 +97,6 @@ class Signals:
             self._told_falls = self._falls
         return Signal("scale", row.step, row.scale, first, numbers)
 
-    @property
-    def collapsing(self) -> bool:
-        """Whether a settled loss scale has fallen time and again and not recovered."""
-        return self._falls >= self.config.scale_falls
-
     # spikes
 
     def _unusual(self, row: Row) -> Signal | None:
@@ -131,7 +126,7 @@ class Signals:
 
     def _beyond(self, loss: float, norm: float) -> tuple[bool, bool]:
         """Whether loss or norm (log2) are odd beside the last few steps, and whether both are a spike beside many."""
-        if len(self._norms) < _LEAST:
+        if len(self._norms) < _RECENT:
             return False, False
         if self._usual is None or self._age >= _STALE:
             self._usual, self._recent = _Usual.of(self._losses, self._norms, len(self._norms)), None
@@ -142,7 +137,9 @@ class Signals:
         odd = loss - recent.loss > max(_SUSPECT_MADS * recent.loss_spread, 1e-3 * abs(recent.loss))
         odd |= abs(norm - recent.norm) > max(_SUSPECT_LOG2, _SUSPECT_MADS * recent.norm_spread)
         spike = loss - usual.loss > max(mads * usual.loss_spread, 1e-3 * abs(usual.loss))
-        spike &= norm - usual.norm > max(math.log2(self.config.spike_ratio), mads * usual.norm_spread)
+        spike &= len(self._norms) >= _LEAST and norm - usual.norm > max(
+            math.log2(self.config.spike_ratio), mads * usual.norm_spread
+        )
         return odd or spike, spike
 
     def forget_history(self) -> None:

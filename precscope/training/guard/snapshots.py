@@ -1,4 +1,5 @@
-"""What a guard goes back to: checkpoints, or states kept in memory; and buffers that a failing step spoils."""
+"""What a guard goes back to: checkpoints, or states kept in memory; steps that were left out, to be taken again; and
+buffers that a failing step spoils."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import torch
 
 from ...attribution import unwrap
 from ...errors import RunDirectoryError
-from .. import checkpoint, persistence
+from .. import checkpoint, persistence, phases
 
 if TYPE_CHECKING:
     from ..loop import Trainer
@@ -116,3 +117,21 @@ def copied(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(copied, value))
     return value
+
+
+def one_pass(trainer: Trainer) -> bool:
+    """Whether the data come from a generator that cannot be read again."""
+    return getattr(getattr(trainer.task, "_reader", None), "one_pass", False)
+
+
+def take_again(trainer: Trainer, count: int) -> str:
+    """Have the last `count` steps, all left out, taken again, where their data are still to be had and no phase began
+    among them; in words, "" where none is."""
+    first = trainer.next_step - count
+    if trainer.plan is not None and trainer.plan.phases:
+        first = max([first, *(s for s in phases.starts(trainer.plan) if s < trainer.next_step)])
+    count = trainer.next_step - first
+    if not count or one_pass(trainer):
+        return ""
+    trainer.repeat(first)
+    return f"; {count} step{'s' if count > 1 else ''} left out, taken again from step {first} on"

@@ -89,7 +89,7 @@ class StorageWatch:
         self._handles = [
             trainer.optimizer.register_step_pre_hook(self._pre), trainer.optimizer.register_step_post_hook(self._post)
         ]  # fmt: skip
-        trainer._applied.callback(self._detach)  # no hook may outlive the run, whatever ends it
+        trainer.on_leaving(self._detach)  # no hook may outlive the run, whatever ends it
 
     def _detach(self) -> None:
         for handle in self._handles:
