@@ -171,3 +171,10 @@ def test_an_encoder_layer_evaluates_under_autocast():
             low = layer(x.half())
     torch.testing.assert_close(low.float(), true, rtol=0.02, atol=0.02)
     assert torch.backends.mha.get_fastpath_enabled() is before
+
+
+def test_what_tracers_ask_of_tensors_passes_through():
+    """torch.compile's fake tensors ask for their device by an operator that has no kernels."""
+    x = torch.ones(2, dtype=torch.float16)
+    with half_matmul_through_fp32():
+        assert torch.ops.prim.device.default(x) == x.device

@@ -693,3 +693,22 @@ def test_a_late_rank_does_not_take_the_run_for_an_old_one(tmp_path, monkeypatch)
             models.loss_of(model, models.batch(rank)).backward()
             rec.step()
     assert merged(Profile.load(tmp_path / "run"), "fc1", Role.OUTPUT).count == 2 * 6 * 16
+
+
+def test_going_back_drops_what_did_not_count(tmp_path):
+    model = models.MLP()
+    with record(model, tmp_path, every=2, flush_every=2) as rec:
+        for _ in range(7):
+            model(torch.ones(2, 8)).sum().backward()
+            rec.step()
+        rec.go_back(3)
+        assert rec.index == 3 and not rec.recording
+        with pytest.raises(UsageError, match=r"go_back\(\) .* goes to an earlier step: this is step 3, not 4"):
+            rec.go_back(4)
+        for _ in range(3):
+            model(torch.ones(2, 8)).sum().backward()
+            rec.step()
+    found = Profile.load(tmp_path)
+    assert found.steps == [0, 2, 4] and found.run["recorded_steps"] == 3
+    with pytest.raises(UsageError, match="belongs inside the with block"):
+        rec.go_back(0)
