@@ -113,7 +113,7 @@ class Bundled:
         self.trainer.model.train()
         self.stack = ExitStack()
         self.stack.callback(self.trainer._applied.close)
-        self.trainer._begin(None)
+        self.trainer._begin(None, None)
         self.trainer.next_step = 0
 
     def one_step(self) -> None:
