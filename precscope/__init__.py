@@ -23,7 +23,7 @@ _WHERE = {
     "record": "recording", "Recorder": "recording",
     "apply": "applying",
     "Task": "tasks",
-    "GuardConfig": "training.guard", "read_events": "training.guard",
+    "GuardConfig": "training.guard", "read_events": "events",
     "train": "training", "TrainConfig": "training", "TrainResult": "training",
     "profile": "profiling",
     "trace": "tracing", "trace_step": "replaying",

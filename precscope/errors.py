@@ -59,6 +59,18 @@ class TrainingError(RunError):
     """Training cannot go on."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first: the first line of its message that is not blank, the name of its class where it has
+    none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def one_line(error: BaseException, *, limit: int = 120) -> str:
+    """Class and first line of an error, "ValueError: too few batches", the line cut at `limit` characters."""
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line[:limit]}"
+
+
 def nearest(name: str, known: Iterable[str], *, count: int = 3) -> str:
     """Words that name the entries of `known` most like `name`: "a, b or c", or "" where none is close."""
     close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .errors import RunDirectoryError
+from .errors import RunDirectoryError, first_line
 from .formats import FloatFormat, get_format
 from .stats import StatsTable
 from .store import arrow_array, expand, replacing, trim
@@ -193,8 +193,7 @@ def _read_part(path: Path) -> OpRecords:
     try:
         part = pq.read_table(path, partitioning=None)
     except (pa.ArrowException, OSError, ValueError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RunDirectoryError(f"{path} cannot be read ({said}): {advice}") from error
+        raise RunDirectoryError(f"{path} cannot be read ({first_line(error)}): {advice}") from error
     metadata = part.schema.metadata or {}
     if metadata.get(b"precscope.kind") != b"ops":
         raise RunDirectoryError(f"{path} was not written by precscope (no schema number in it): {advice}")

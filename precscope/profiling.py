@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .batches import copy_containers
-from .errors import UsageError
+from .errors import UsageError, one_line
 from .profiles import Profile
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def _shadow_of_inference(watch: Recorder, task: Task, batch: Any, note: Note | N
         watch.shadow(lambda: task.checked_loss(copy_containers(batch)))
     except Exception as error:  # the user's loss, which inference does not need
         watch.shadow_every = None
-        _say(note, f"no shadow steps: the loss could not be run ({_one_line(error)}); loss noise is not priced")
+        _say(note, f"no shadow steps: the loss could not be run ({one_line(error)}); loss noise is not priced")
 
 
 @contextlib.contextmanager
@@ -204,7 +204,7 @@ def _flops_at_the_end(watch: Recorder, run: Callable[[], Any], note: Note | None
             with watch.paused():
                 watch.flops = count_flops(watch.model, run)
         except Exception as error:  # the user's code, run once more: a profile without FLOPs is still a profile
-            _say(note, f"FLOPs could not be counted ({_one_line(error)}): advice goes by measured costs alone")
+            _say(note, f"FLOPs could not be counted ({one_line(error)}): advice goes by measured costs alone")
 
     try:
         yield
@@ -240,7 +240,7 @@ def measure_costs(
         with preserved(model):
             table = measure(model, first.loss, formats, note=lambda text: _say(note, text))
     except Exception as error:  # the user's code, run once more: a profile without costs is still a profile
-        _say(note, f"costs could not be measured ({_one_line(error)}): advice goes by a model of them")
+        _say(note, f"costs could not be measured ({one_line(error)}): advice goes by a model of them")
         return
     save(table, Path(out) / "cost.parquet")
 
@@ -290,8 +290,3 @@ def _say(note: Note | None, text: str) -> None:
         note(text)
     else:
         warnings.warn(text, RuntimeWarning, stacklevel=3)
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]:.120}" if lines else type(error).__name__

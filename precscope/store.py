@@ -145,7 +145,12 @@ def replacing(path: Path):
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` atomically as JSON. Values JSON cannot hold (inf, NaN) are written as strings."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(json_text(content, indent=1) + "\n", encoding="utf-8")
+
+
+def json_text(content: Any, *, indent: int | None = None) -> str:
+    """`content` as JSON: numpy's numbers as Python's, inf and NaN and what else JSON cannot hold as strings."""
+    return json.dumps(_plain(content), indent=indent, allow_nan=False)
 
 
 def update_json(path: Path, content: dict[str, Any]) -> None:

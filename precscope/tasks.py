@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .batches import Reader, check_source, is_function, kind_of, make_reader, preserved_rng, seed_everything
-from .errors import PrecscopeError, TaskError, nearest
+from .errors import PrecscopeError, TaskError, first_line, nearest, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -169,7 +169,7 @@ class TaskRef:
             except PrecscopeError:
                 raise
             except Exception as error:
-                raise TaskError(f"{self.name} raised {type(error).__name__}: {_one_line(error)}") from error
+                raise TaskError(f"{self.name} raised {one_line(error, limit=1000)}") from error
         if not isinstance(task, Task):
             raise TaskError(
                 f"{self.name} must return a precscope.Task, not {kind_of(task)}: "
@@ -233,7 +233,7 @@ def _import_file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[spec.name]
-        raise TaskError(f"{path} raised {type(error).__name__} on import: {_one_line(error)}") from error
+        raise TaskError(f"{path} raised {type(error).__name__} on import: {first_line(error)}") from error
     return module
 
 
@@ -248,7 +248,7 @@ def _import_module(name: str) -> ModuleType:
             f"cannot import the module {name!r}{missing}; for a file write path/to/{name.split('.')[-1]}.py:function"
         ) from error
     except Exception as error:
-        raise TaskError(f"{name} raised {type(error).__name__} on import: {_one_line(error)}") from error
+        raise TaskError(f"{name} raised {type(error).__name__} on import: {first_line(error)}") from error
 
 
 def _seed_argument(function: Callable[..., Any], seed: int) -> dict[str, int]:
@@ -257,11 +257,6 @@ def _seed_argument(function: Callable[..., Any], seed: int) -> dict[str, int]:
     except (TypeError, ValueError):
         return {}
     return {"seed": seed} if "seed" in parameters else {}
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "(no message)"
 
 
 def _float_hint(value: Any) -> str:

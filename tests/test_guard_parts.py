@@ -12,12 +12,12 @@ from guarded import growing
 from torch import nn
 
 from precscope.errors import RunDirectoryError, UsageError
+from precscope.events import EventLog
 from precscope.plans import LayerPrecision, PrecisionPlan
 from precscope.plans.model import Phase
 from precscope.training import train
 from precscope.training.guard import Event, GuardConfig, read_events
 from precscope.training.guard.amending import EVERYTHING, OUTSIDE, Names, Promotion, amended
-from precscope.training.guard.events import EventLog
 from precscope.training.guard.signals import Signals
 from precscope.training.log import Row
 

@@ -15,10 +15,10 @@ ROOT = Path(precscope.__file__).parent
 
 # From the ground up; a module imports only from rooms before its own (or its own package).
 ORDER = [
-    "errors", "formats", "sites", "histogram", "stats", "reference", "rounding", "kernels", "store", "opstore", "plans",
-    "profiles", "batches", "preservation", "tasks", "attribution", "emulation", "applying", "recording",
-    "tracing", "advice", "training", "confirmation", "profiling", "tuning", "replaying", "comparison", "reporting",
-    "inference", "exporting", "doctor", "progress", "demo", "zoo", "bench", "cli",
+    "errors", "formats", "sites", "histogram", "stats", "reference", "rounding", "kernels", "store", "events",
+    "opstore", "plans", "profiles", "batches", "preservation", "tasks", "attribution", "emulation", "applying",
+    "recording", "tracing", "advice", "training", "confirmation", "profiling", "tuning", "replaying", "comparison",
+    "reporting", "inference", "exporting", "doctor", "progress", "demo", "zoo", "bench", "cli",
 ]  # fmt: skip
 
 

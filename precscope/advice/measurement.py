@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from ..errors import one_line
 from ..preservation import eager
 from ..recording.tensors import call_tensors, named_tensors
 from ..recording.watcher import watched_modules
@@ -101,10 +102,9 @@ def _below(call: _Call, inclusive: dict[str, dict[str, float]], fmt: str) -> flo
 
 
 def _failure(name: str, call: _Call, fmt: str, error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [""])[0]
     return (
         f"{name or 'the model'} ({type(call.module).__name__}) does not run alone in {fmt} "
-        f"({type(error).__name__}: {reason:.100}): its cost is modelled, not measured"
+        f"({one_line(error, limit=100)}): its cost is modelled, not measured"
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import TaskError, nearest
+from ..errors import TaskError, first_line, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -159,8 +159,7 @@ def _import(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        said = (str(error).strip().splitlines() or ["no message"])[0]
-        raise TaskError(f"{path} raised {type(error).__name__} on import: {said}") from error
+        raise TaskError(f"{path} raised {type(error).__name__} on import: {first_line(error)}") from error
     return module
 
 

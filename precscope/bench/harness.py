@@ -14,6 +14,7 @@ from torch import nn
 
 from ..applying import PlanHandle, apply
 from ..batches import preserved_rng, seed_everything
+from ..errors import one_line
 from ..plans import LayerPrecision, PrecisionPlan
 from ..tasks import Task
 from ..training.halfmatmul import half_matmul_through_fp32, needs_half_matmul
@@ -94,8 +95,7 @@ def run_case(
         try:
             outcome = _infer(case, fmt, plan, seed) if case.steps == 0 else _train(case, fmt, plan, seed)
         except Exception as error:
-            said = (str(error).strip().splitlines() or ["no message"])[0]
-            outcome = Outcome(math.nan, finite=False, steps=case.steps, error=f"{type(error).__name__}: {said}")
+            outcome = Outcome(math.nan, finite=False, steps=case.steps, error=one_line(error, limit=1000))
     return Outcome(**{**vars(outcome), "seconds": time.perf_counter() - started})
 
 

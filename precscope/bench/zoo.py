@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import FormatError, UsageError
+from ..errors import FormatError, UsageError, one_line
 from .cases import FORMATS, Case, load_cases
 from .scoring import Score, Summary, is_named, kept_high, needless, summarise
 
@@ -215,8 +215,7 @@ def _formats(formats: Sequence[str] | str) -> tuple[str, ...]:
 def _in_a_line(error: Exception) -> str:
     """What was raised, and where in precscope or torch."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    first = (str(error).strip().splitlines() or ["no message"])[0]
-    return f"{type(error).__name__}: {first} ({Path(last.filename).name}:{last.lineno})"
+    return f"{one_line(error, limit=1000)} ({Path(last.filename).name}:{last.lineno})"
 
 
 def _finite(value: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from ..errors import PrecscopeError
+from ..errors import PrecscopeError, one_line
 from .advice import forecast, recommend
 from .inference import export, infer
 from .machine import bench_app, demo, doctor
@@ -57,8 +57,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or ["no message"])[0]
-        _fail(error, f"error: {type(error).__name__}: {reason} (--debug shows where)", 1, debug)
+        _fail(error, f"error: {one_line(error, limit=1000)} (--debug shows where)", 1, debug)
 
 
 def _fail(error: BaseException, text: str, status: int, debug: bool) -> None:

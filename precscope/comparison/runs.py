@@ -15,7 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RunDirectoryError
+from ..errors import RunDirectoryError, first_line
+from ..events import NAME, read_events
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -124,21 +125,11 @@ class Run:
 
     @cached_property
     def events(self) -> dict[str, int]:
-        """What the guard saw and did: lines of events.jsonl by kind and action, "overflow (promote)". A line that was
-        cut off by a kill is passed over."""
-        counts: Counter[str] = Counter()
-        try:
-            text = (self.path / "events.jsonl").read_text(encoding="utf-8", errors="replace")
-        except OSError:
+        """What the guard saw and did: lines of events.jsonl by kind and action, "overflow (promote)". Raises
+        RunDirectoryError where a line is damaged."""
+        if not (self.path / NAME).is_file():
             return {}
-        for line in text.splitlines():
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(event, dict):
-                action = event.get("action") or "none"
-                counts[str(event.get("kind", "?")) + ("" if action == "none" else f" ({action})")] += 1
+        counts = Counter(e.kind + ("" if e.action == "none" else f" ({e.action})") for e in read_events(self.path))
         return dict(counts)
 
     def number(self, key: str) -> float:
@@ -191,8 +182,7 @@ def read_run(path: Path) -> Run:
     try:
         rows = pd.read_parquet(log)
     except Exception as error:  # pyarrow raises many kinds for a damaged file
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise RunDirectoryError(f"{log} cannot be read ({lines[0]:.120}): train again") from error
+        raise RunDirectoryError(f"{log} cannot be read ({first_line(error):.120}): train again") from error
     missing = [name for name in _COLUMNS if name not in rows]
     if missing:
         raise RunDirectoryError(f"{log} is not the log of a training run (no column {missing[0]!r}): train again")

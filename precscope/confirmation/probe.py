@@ -17,6 +17,7 @@ from ..applying import apply
 from ..applying.dtypes import DTYPES
 from ..attribution import Attribution, unwrap
 from ..batches import copy_containers
+from ..errors import one_line
 from ..plans import PrecisionPlan
 from ..preservation import eager, preserved
 from ..recording.tensors import named_tensors
@@ -161,7 +162,7 @@ class Prober:
                     around = outside if isinstance(outside, nullcontext) else outside()
                     return self._forward_backward(batch, around, captured, scale)
             except Exception as error:  # the user's code: what it raises in a format is an outcome
-                return Outcome(error=_one_line(error), scale_exponent=scale)
+                return Outcome(error=one_line(error, limit=160), scale_exponent=scale)
 
     def _forward_backward(self, batch: Any, around: Any, captured: list[torch.Tensor], scale: int) -> Outcome:
         task, model = self.task, self.model
@@ -207,8 +208,3 @@ def scattered(values: torch.Tensor, count: int) -> torch.Tensor:
 
 def _dense(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.to_dense() if gradient.is_sparse else gradient
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]:.160}" if lines else type(error).__name__

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-from ..errors import ModelError, RunError
+from ..errors import ModelError, RunError, first_line
 
 _FP = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "DOUBLE": "float64"}
 
@@ -69,8 +69,9 @@ def write(program: ExportedProgram, path: Path, *, opset: int | None, about: dic
             _check_opset(proto, opset)
             return proto
     cause = problem.__cause__ or problem  # torch.onnx tells its steps in several lines, with the reason behind
-    lines = [line for line in str(cause).strip().splitlines() if line.strip()] or ["the result is not valid ONNX"]
-    raise ModelError(f"torch.onnx cannot convert this model ({lines[0]:.200}): export it to a .pt2 file instead")
+    raise ModelError(
+        f"torch.onnx cannot convert this model ({first_line(cause):.200}): export it to a .pt2 file instead"
+    )
 
 
 def _check_opset(proto: Any, wanted: int | None) -> None:
@@ -106,8 +107,7 @@ def run(path: Path, arguments: Any) -> list[Tensor]:
         feed = {i.name: v.detach().cpu().numpy() for i, v in zip(session.get_inputs(), values, strict=True)}
         return [torch.from_numpy(x) for x in session.run(None, feed)]
     except Exception as error:  # onnxruntime has error classes of its own for each status
-        lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
-        raise RunError(f"{runtime_name()} cannot run it ({lines[0]:.200})") from error
+        raise RunError(f"{runtime_name()} cannot run it ({first_line(error):.200})") from error
 
 
 def casts(proto: Any) -> dict[str, int]:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..applying import forward as planned_forward
 from ..applying import inputs as planned_inputs
 from ..applying.fp8 import round_scaled
-from ..errors import ModelError
+from ..errors import ModelError, one_line
 from ..plans import LayerPrecision, PrecisionPlan
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -50,10 +50,9 @@ def trace(model: nn.Module, arguments: Arguments, *, dynamic_shapes: Any) -> Exp
         try:
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         except Exception as error:  # torch raises many kinds for what it cannot trace
-            lines = [line for line in str(error).strip().splitlines() if line.strip()] or [""]
             raise ModelError(
-                f"torch.export cannot trace this model on the example inputs ({type(error).__name__}: "
-                f"{lines[0]:.200}): its forward must return tensors in plain containers and must not branch on values"
+                f"torch.export cannot trace this model on the example inputs ({one_line(error, limit=200)}): its "
+                "forward must return tensors in plain containers and must not branch on values"
             ) from error
 
 

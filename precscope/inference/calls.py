@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ..errors import TaskError
+from ..errors import TaskError, one_line
 from ..preservation import eager
 from ..tasks import Task
 
@@ -87,9 +87,3 @@ def _from_loss(task: Task, batch: Any) -> tuple[Arguments | None, str]:
     if len(calls) != 1:
         return None, f"the loss calls the model {len(calls)} times"
     return calls[0], ""
-
-
-def one_line(error: BaseException) -> str:
-    """The error's type and the first line of its message, shortened."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]:.120}" if lines else type(error).__name__

@@ -15,7 +15,7 @@ from torch import nn
 from ..applying.spec import MARK
 from ..attribution import unwrap
 from ..batches import copy_containers, preserved_rng, seed_everything
-from ..errors import PlanError, RunDirectoryError, TaskError, UsageError
+from ..errors import PlanError, RunDirectoryError, TaskError, UsageError, one_line
 from ..plans import PrecisionPlan
 from ..preservation import preserved
 from ..recording.provenance import provenance
@@ -27,7 +27,7 @@ from ..training.checkpoint import latest
 from ..training.devices import own_device, pick_device, to_device
 from ..training.precision import Precision
 from .answers import Agreement, find_rule
-from .calls import Call, called_with, find_call, one_line
+from .calls import Call, called_with, find_call
 from .differences import Differences, floating, named_tensors
 from .measuring import in_turns, weight_bytes, working_bytes
 from .result import InferResult, Latency, Loss, Memory

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 from ..histogram import BINS
 from ..stats import MIXED, NOTHING, StatsTable, TensorStats
 from . import reference
@@ -251,7 +251,7 @@ def _choose(device_type: str) -> tuple[str, str]:
     try:
         _module(wanted)
     except (ImportError, RuntimeError, OSError) as error:
-        return "torch", f"{wanted} cannot be used: {str(error).splitlines()[0]}"
+        return "torch", f"{wanted} cannot be used: {first_line(error)}"
     return wanted, ""
 
 

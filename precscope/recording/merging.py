@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..errors import first_line
 from ..sites import Role, Site
 from .channel import Channel, ReduceOp
 from .observations import Rows
@@ -131,10 +132,9 @@ class Together(Alone):
             collective()
         except RuntimeError as error:
             self.leave()
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             warnings.warn(
-                f"precscope merges statistics no more, another process is gone ({reason:.160}): process {self.rank} "
-                "writes its own, and loading the run adds them up",
+                f"precscope merges statistics no more, another process is gone ({first_line(error):.160}): process "
+                f"{self.rank} writes its own, and loading the run adds them up",
                 RuntimeWarning,
                 stacklevel=5,
             )

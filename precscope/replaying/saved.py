@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..attribution import unwrap
-from ..errors import RunDirectoryError
+from ..errors import RunDirectoryError, first_line
 from ..tracing.saved import KIND, SCHEMA
 
 
@@ -25,8 +25,7 @@ def load_step(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and zipfile raise many kinds for a damaged file
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise RunDirectoryError(f"{path} cannot be read as a saved step ({lines[0]:.120})") from error
+        raise RunDirectoryError(f"{path} cannot be read as a saved step ({first_line(error):.120})") from error
     if not isinstance(content, dict) or content.get("kind") != KIND:
         raise RunDirectoryError(f"{path} is not a step saved by precscope trace --save")
     if content["schema"] > SCHEMA:

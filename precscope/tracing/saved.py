@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..attribution import unwrap
-from ..errors import RunDirectoryError
+from ..errors import RunDirectoryError, first_line
 from ..store import replacing
 from .finding import Finding
 
@@ -70,7 +70,7 @@ def save_step(
         try:
             torch.save(content, temporary)
         except RuntimeError as error:  # of torch's writer: the disk, mostly
-            raise RunDirectoryError(f"cannot write {path} ({str(error).splitlines()[0]:.120})") from error
+            raise RunDirectoryError(f"cannot write {path} ({first_line(error):.120})") from error
     return path
 
 

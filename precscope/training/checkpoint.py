@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import RunDirectoryError
+from ..errors import RunDirectoryError, first_line
 from ..store import replacing, write_json
 
 SCHEMA = 1
@@ -130,8 +130,7 @@ def load(path: Path) -> dict[str, Any]:
     except RunDirectoryError:
         raise
     except Exception as error:  # torch and zipfile raise many kinds for a damaged file
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise RunDirectoryError(f"{path} cannot be read as a checkpoint ({lines[0]:.120})") from error
+        raise RunDirectoryError(f"{path} cannot be read as a checkpoint ({first_line(error):.120})") from error
     if not isinstance(content, dict) or "schema" not in content or "step" not in content:
         raise RunDirectoryError(f"{path} is not a checkpoint of precscope (it has no schema number)")
     if content["schema"] > SCHEMA:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from ..errors import TrainingError, UsageError, nearest
+from ..errors import TrainingError, UsageError, first_line, nearest
 from ..preservation import backward_outside_autocast
 
 if TYPE_CHECKING:
@@ -235,10 +235,9 @@ def _failures_in_words() -> Iterator[None]:
     try:
         yield
     except Unsupported as error:
-        reason = str(error).strip().splitlines()[0]
         raise TrainingError(
-            f"the model does not compile whole ({reason:.200}): train with fullgraph=False, or without compile; "
-            "TORCH_LOGS=graph_breaks shows where"
+            f"the model does not compile whole ({first_line(error):.200}): train with fullgraph=False, or "
+            "without compile; TORCH_LOGS=graph_breaks shows where"
         ) from error
     except (BackendCompilerFailed, CppCompileError, InvalidCxxCompiler) as error:
         cause = getattr(error, "inner_exception", error)

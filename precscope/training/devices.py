@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 
 
 def pick_device(model: nn.Module, device: str | torch.device | None) -> torch.device:
@@ -22,9 +22,8 @@ def pick_device(model: nn.Module, device: str | torch.device | None) -> torch.de
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
         raise UsageError(
-            f"cannot use device {str(device)!r} ({reason:.100}): this machine offers {_devices()}"
+            f"cannot use device {str(device)!r} ({first_line(error):.100}): this machine offers {_devices()}"
         ) from error
     return place
 

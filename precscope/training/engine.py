@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..errors import TaskError, TrainingError, UsageError
+from ..errors import TaskError, TrainingError, UsageError, first_line
 from .optim import total_norm
 
 if TYPE_CHECKING:
@@ -237,11 +237,10 @@ class Processes(Engine):
         if value is not None:
             _leave()
         if isinstance(value, RuntimeError) and not isinstance(value, TrainingError) and _says_gone(value):
-            reason = str(value).strip().splitlines()[0]
             gone = TrainingError(
                 f"process {self.rank} of {self.world} cannot go on: another one is gone, or did not come within "
-                f"{self.strategy.timeout_s:g} s ({reason:.160}); the launcher's report names it, and its own output "
-                "says why"
+                f"{self.strategy.timeout_s:g} s ({first_line(value):.160}); the launcher's report names "
+                "it, and its own output says why"
             )
             gone.exit_code = PEER_GONE
             raise gone from value
@@ -325,10 +324,9 @@ def _join(device: torch.device, strategy: Strategy) -> None:
         atexit.register(_leave)
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise TrainingError(
             f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} found no others at {address} within "
-            f"{strategy.timeout_s:g} s ({lines[0]:.120}): have all been started?"
+            f"{strategy.timeout_s:g} s ({first_line(error):.120}): have all been started?"
         ) from error
 
 

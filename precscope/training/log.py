@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..errors import RunDirectoryError
+from ..errors import RunDirectoryError, first_line
 from ..store import SCHEMA, replacing, update_json
 
 if TYPE_CHECKING:
@@ -109,8 +109,9 @@ def read_log(out: str | Path) -> list[Row]:
         needed = [name for name in Row._fields if name != "phase" or name in table.column_names]  # older runs lack it
         return [Row(**row) for row in table.select(needed).to_pylist()]
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise RunDirectoryError(f"{path} cannot be read ({lines[0]:.120}): move it away to train anew") from error
+        raise RunDirectoryError(
+            f"{path} cannot be read ({first_line(error):.120}): move it away to train anew"
+        ) from error
 
 
 def write_run_json(out: Path | None, content: dict[str, Any]) -> None:

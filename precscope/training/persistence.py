@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..batches import seed_everything
-from ..errors import RunDirectoryError, TrainingError, UsageError
+from ..errors import RunDirectoryError, TrainingError, UsageError, first_line
 from . import checkpoint, continuing, phases, weights
 from .log import write_run_json
 
@@ -207,9 +207,8 @@ def _load_model(trainer: Trainer, state: dict[str, Any]) -> None:
     try:
         trainer.engine.load_state(trainer.model, trainer.optimizer, state["model"], state["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise RunDirectoryError(
-            f"the checkpoint in {trainer.out} was made with another model or optimizer ({reason:.120}): "
+            f"the checkpoint in {trainer.out} was made with another model or optimizer ({first_line(error):.120}): "
             "resume with the task that made it, or choose another directory"
         ) from error
     saved = state.get("buffers", {})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from ..batches import RandomStates, copy_containers
-from ..errors import RunDirectoryError, TrainingError, UsageError
+from ..errors import RunDirectoryError, TrainingError, UsageError, one_line
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -64,8 +64,7 @@ class ShadowSteps:
             raise
         except Exception as error:
             failure = error
-        reason = (str(failure).strip().splitlines() or [""])[0]
-        said = f"running a step in fp32 raised {type(failure).__name__}: {reason:.200}"
+        said = f"running a step in fp32 raised {one_line(failure, limit=200)}" if failure is not None else ""
         try:
             self._fails = not engine.all_did(failure is None)
         except TrainingError as error:

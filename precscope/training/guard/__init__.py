@@ -9,8 +9,8 @@ snapshots.py holds what to go back to; dense.py records the steps around an alar
 updates; events.py writes events.jsonl; guard.py is what the loop calls.
 """
 
+from ...events import Event, read_events
 from .config import GuardConfig
-from .events import Event, read_events
 from .guard import Guard
 
 __all__ = ["Event", "Guard", "GuardConfig", "read_events"]

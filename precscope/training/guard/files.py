@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from ...batches import RandomStates, preserved_rng
 from ...errors import RunDirectoryError, TaskError
+from ...events import Event, EventLog
 from ...tracing.saved import plain, save_step
 from .. import checkpoint
-from .events import Event, EventLog
 
 if TYPE_CHECKING:
     from ..loop import Trainer

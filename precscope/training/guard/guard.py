@@ -9,12 +9,12 @@ import torch
 
 from ...batches import RandomStates
 from ...errors import TrainingError
+from ...events import NAME, Event, EventLog
 from ..log import Row
 from .actions import Episode, NormLimit, Planner
 from .amending import EVERYTHING, Promotion, format_of, safer
 from .config import GuardConfig
 from .dense import DenseRecording
-from .events import NAME, Event, EventLog
 from .files import remove_old, save_failing_step, save_plan
 from .judging import Verdict, by_scale, judge
 from .looking import look

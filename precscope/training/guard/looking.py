@@ -18,7 +18,7 @@ import torch
 from ...applying.suspension import suspended
 from ...attribution import unwrap
 from ...batches import RandomStates, copy_containers
-from ...errors import TaskError
+from ...errors import TaskError, one_line
 from ...preservation import eager, preserved
 from ...tracing import Finding, trace
 from ..halfmatmul import half_matmul_through_fp32
@@ -71,7 +71,7 @@ def look(trainer: Trainer, step: int, *, scale: float, random: RandomStates | No
                     raise
                 except Exception as error:
                     known = tracer.raised is not None and tracer.raised in tracer.events
-                    result = Look(tracer.first_nonfinite, error="" if known else _line(error))
+                    result = Look(tracer.first_nonfinite, error="" if known else one_line(error, limit=200))
                 else:
                     grads = _gradients(trainer, scale) if keep else None
                     result = Look(tracer.first_nonfinite, loss, grads)
@@ -91,7 +91,7 @@ def look_in_fp32(trainer: Trainer, step: int, *, random: RandomStates | None = N
     except TaskError as error:
         result = Look(error=str(error), missed=True)
     except Exception as error:
-        result = Look(error=_line(error))
+        result = Look(error=one_line(error, limit=200))
     return _agreed(trainer, result)
 
 
@@ -104,7 +104,7 @@ def run_plain(trainer: Trainer, step: int, *, scale: float, random: RandomStates
     except TaskError as error:
         result = Look(error=str(error), missed=True)
     except Exception as error:
-        result = Look(error=_line(error))
+        result = Look(error=one_line(error, limit=200))
     return _agreed(trainer, result)
 
 
@@ -182,8 +182,3 @@ def _agreed(trainer: Trainer, mine: Look) -> Look:
     error = next((e for _, e, *_ in every if e), "")
     loss = mine.loss if all(math.isfinite(value) for *_, value in every) else math.nan
     return Look(found, loss, mine.gradients, error, any(m for _, _, m, _ in every))
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]:.200}"

@@ -17,6 +17,7 @@ import torch
 
 from ...attribution import unwrap
 from ..parameters import LOW, LowPrecisionOptimizer
+from ..shards import local
 from .config import GuardConfig
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class StorageWatch:
 
     def _pre(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         held = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-        self._before = {p: _local(p).clone() for p in held if p.dtype in LOW}
+        self._before = {p: local(p).clone() for p in held if p.dtype in LOW}
 
     @torch.no_grad()
     def _post(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -107,10 +108,10 @@ class StorageWatch:
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                gradient = _local(p.grad)
+                gradient = local(p.grad)
                 size = (gradient.to_dense() if gradient.layout is not torch.strided else gradient).abs().double()
                 before = self._before.get(p)
-                lost = size[_local(p) == before].sum() if before is not None else torch.zeros_like(size.sum())
+                lost = size[local(p) == before].sum() if before is not None else torch.zeros_like(size.sum())
                 self._sums[p] = self._sums.get(p, 0) + torch.stack([lost, size.sum()])
         self._before.clear()
 
@@ -146,7 +147,3 @@ def _may_lose(trainer: Trainer) -> bool:
     if isinstance(optimizer, LowPrecisionOptimizer) and optimizer.updates != "nearest":
         return False
     return any(p.dtype in LOW for group in optimizer.param_groups for p in group["params"])
-
-
-def _local(x: torch.Tensor) -> torch.Tensor:
-    return x.to_local() if hasattr(x, "to_local") else x.detach()

@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...errors import RunDirectoryError
+from .errors import RunDirectoryError
+from .store import json_text
 
 SCHEMA = 1
 NAME = "events.jsonl"
@@ -59,7 +60,7 @@ class EventLog:
         self.events.append(event)
         if self.path is None:
             return
-        line = (json.dumps(_plain(asdict(event)), allow_nan=False) + "\n").encode()
+        line = (json_text(asdict(event)) + "\n").encode()
         try:
             with open(self.path, "ab+") as file:
                 _end_line(file)
@@ -113,12 +114,3 @@ def _end_line(file: Any) -> None:
     if not tail.endswith(b"\n"):
         file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
     file.seek(0, os.SEEK_END)
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it; inf and NaN, which it lacks, as text."""
-    if isinstance(value, float):
-        return value if value - value == 0 else str(value)
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
