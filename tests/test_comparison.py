@@ -320,11 +320,11 @@ def test_without_held_out_losses_the_training_loss_is_judged(tmp_path):
 def test_speed_memory_skipped_steps_and_events(tmp_path):
     make_group(tmp_path / "fp32", [2.0, 2.1], ms=4.0)
     make_group(tmp_path / "fp16", [2.0, 2.1], ms=2.0, skipped=3, peak_memory_bytes=5 * 10**8)
-    event = {"step": 3, "kind": "overflow", "module": "fc", "action": "warn", "text": "fc overflowed"}
-    (tmp_path / "fp16/events.jsonl").write_text(
-        "\n".join(map(json.dumps, [event, event, {"kind": "quiet", "action": "none"}]))
-    )
-    (tmp_path / "fp16/seeds/0001/events.jsonl").write_text(json.dumps(event) + '\n{"step": 4, "kind": "over')
+    event = {"schema": 1, "step": 3, "kind": "overflow", "module": "fc", "action": "warn", "text": "fc overflowed"}
+    quiet = {"schema": 1, "step": 9, "kind": "quiet", "module": "", "action": "none", "text": "quiet"}
+    lines = [json.dumps(e) + "\n" for e in (event, event, quiet)]
+    (tmp_path / "fp16/events.jsonl").write_text("".join(lines))
+    (tmp_path / "fp16/seeds/0001/events.jsonl").write_text(lines[0] + '{"step": 4, "kind": "over')
     found = against(tmp_path, "fp16")
     assert found.speed.mean == pytest.approx(2.0) and found.speed.interval == pytest.approx((2.0, 2.0))
     assert found.memory == 0.5 and found.skipped == (6, 0) and found.steps == 80
