@@ -17,8 +17,8 @@ ROOT = Path(precscope.__file__).parent
 ORDER = [
     "errors", "formats", "sites", "histogram", "stats", "reference", "rounding", "kernels", "store", "events",
     "opstore", "plans", "profiles", "batches", "preservation", "tasks", "attribution", "emulation", "applying",
-    "recording", "tracing", "advice", "training", "confirmation", "profiling", "tuning", "replaying", "comparison",
-    "reporting", "inference", "exporting", "doctor", "progress", "demo", "zoo", "bench", "cli",
+    "recording", "tracing", "advice", "training", "confirmation", "profiling", "replaying", "comparison",
+    "reporting", "tuning", "inference", "exporting", "doctor", "progress", "demo", "zoo", "bench", "cli",
 ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import RunDirectoryError, UsageError
 from ..plans import PrecisionPlan
+from ..reporting.numbers import bytes_text
 from ..store import replacing
 from ..tasks import BUNDLED
 from .candidates import Candidate
@@ -155,14 +156,6 @@ def parse_bytes(text: str | int | float) -> int:
     if not 1 <= number * factor < math.inf:
         raise UsageError(f"a memory limit must be a finite size of at least a byte, not {text!r}: {_ALLOWED}")
     return int(number * factor)
-
-
-def bytes_text(n: float) -> str:
-    """Bytes in words: 12.3 MB."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n >= size:
-            return f"{n / size:.3g} {unit}"
-    return f"{n:.0f} B"
 
 
 def _table(candidates: Sequence[Candidate]) -> list[str]:

@@ -16,10 +16,11 @@ from ..formats import get_format
 from ..plans import LayerPrecision, PrecisionPlan
 from ..profiles import Profile
 from ..profiling import profile
+from ..reporting.numbers import bytes_text
 from ..tasks import Task, TaskRef, load_task
 from . import candidates as timing
 from .candidates import Candidate
-from .result import Tuning, bytes_text, parse_bytes
+from .result import Tuning, parse_bytes
 from .scaling import choose_growth, half_modules
 from .sums import TOLERANCE, Sums, measure_sums, stalled
 
