@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint docs clean
 
 demo: $(VENV)/.base
 	$(BIN)/precscope demo $(ARGS)
@@ -19,6 +19,10 @@ test-all: $(VENV)/.test
 lint: $(VENV)/.test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
+# The documentation site, into site/; broken links and other warnings are errors. It opens from disk and works offline.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
 # torch first and pinned: a plain `torch` would bring CUDA packages of several gigabytes to machines without a GPU.
 $(VENV)/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,5 +34,9 @@ $(VENV)/.test: $(VENV)/.base
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.base
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .hypothesis .ruff_cache

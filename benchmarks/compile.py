@@ -11,7 +11,6 @@ A recorded run compiles nothing of its own: it finds the code of the compiled ru
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import write_json
 from torch._dynamo.utils import counters
 from trainer import TASKS
 
@@ -131,10 +131,8 @@ def main() -> None:
                   f"{r['graph_breaks']:>7} {r['largest_loss_difference']:>9.1e}")  # fmt: skip
         over = rows["plan compiled"]["step_ms"] / rows["bf16 compiled"]["step_ms"]
         print(f"compiled: the plan takes {over:.3f} of plain bf16 autocast's time")
-    if options.json:
-        content = {"torch": torch.__version__, "threads": torch.get_num_threads(), "backend": options.backend,
-                   "results": results}  # fmt: skip
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    rows = [{"task": name, "how": how, **r} for name, found in results.items() for how, r in found.items()]
+    write_json(options.json, "compile", rows, backend=options.backend)
 
 
 if __name__ == "__main__":

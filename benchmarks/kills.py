@@ -344,13 +344,14 @@ def main() -> int:
     if given.serve:
         serve()
         return 0
+    from common import write_json  # only where this is run as a script
+
     head = f"{'':>3}  {'moment':<40} {'killed':<7} {'files':>5} {'damaged':>8} {'unfinished':>11} {'resumed':>8}  equal"
     print(head)
     outcomes = run(given.kills, seed=given.seed, steps=given.steps, every=given.every)
     good = sum(o.killed and o.equal and not o.damaged for o in outcomes)
     print(f"{good} of {len(outcomes)} kills: resumed, and ended bit for bit as the run that was never killed")
-    if given.json is not None:
-        given.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n", encoding="utf-8")
+    write_json(given.json, "kills", [asdict(o) for o in outcomes], seed=given.seed, steps=given.steps)
     return 0 if good == len(outcomes) else 1
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -225,6 +224,8 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    from common import write_json  # only where this is run as a script
+
     results = {}
     for name in options.models.split(","):
         make, needs = MODELS[name]
@@ -241,8 +242,7 @@ def main() -> None:
               f"{result['above_is_named']}")  # fmt: skip
         print(f"  lo - 1: flushed energy {result['below_lost_at_named']:.2e} at the named site")
         print(f"  holds: {result['holds']}")
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_json(options.json, "loss_scale", [{"model": name, **result} for name, result in results.items()])
 
 
 if __name__ == "__main__":

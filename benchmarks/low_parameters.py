@@ -12,7 +12,6 @@ the tool is asked what it thinks of bf16 parameters, from 20 recorded steps of t
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from importlib.util import find_spec
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import write_json
 
 import precscope as ps
 from precscope.training.tasks.gpt import gpt
@@ -112,9 +112,8 @@ def main() -> None:
         rows.append(row)
         print(f"{name:<30} {row['loss']:13.5f} {row['gain']:9.5f} {row['share']:10.1%} {row['ratio']:10.4f} "
               f"{size:6.1f} {row['step_ms']:8.2f}")  # fmt: skip
-    if options.json:
-        content = {"size": options.size, "steps": options.steps, "lr": options.lr, "start": begin, "advice": advice}
-        options.json.write_text(json.dumps({**content, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    content = {"size": options.size, "steps": options.steps, "lr": options.lr, "start": begin, "advice": advice}
+    write_json(options.json, "low_parameters", rows, **content)
 
 
 if __name__ == "__main__":

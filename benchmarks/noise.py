@@ -23,19 +23,18 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import realmodels
 import torch
+from common import write_json
 from torch import Tensor, nn
 
 import precscope as ps
@@ -278,8 +277,7 @@ def main() -> None:
         print(f"{name:8} {measured} sites, {len(case.batches)} batches, {how}")
         rows = [{**asdict(m), "site": str(m.site)} for m in found]
         results[name] = {"figures": figures, "seconds": seconds, "sites": rows}
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.json, "noise", [{"model": name, **found} for name, found in results.items()])
 
 
 def _print_worst(found: Sequence[Measured], count: int) -> None:

@@ -3,18 +3,20 @@
     python benchmarks/oplevel.py [--steps 15] [--size small] [--json OUT]
 
 The two take steps in turn, so that a change in the machine's speed meets both alike. A recorded step includes entering
-and leaving the recorder and `table()`, which waits for the device and copies. The figure is the ratio of medians.
+and leaving the recorder and `table()`, which waits for the device and copies. The figure is the median of the ratios of
+each turn, with its quartiles.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from common import Target, check, machine, spread, write_json
 
 from precscope.recording.ops import record_ops
 from precscope.tasks import TaskRef, make_task
@@ -23,7 +25,8 @@ from precscope.training.tasks.gpt import gpt
 WARM_UP = 2
 
 
-def measure(size: str, steps: int, device: str) -> dict[str, float]:
+def measure(size: str, steps: int, device: str) -> dict[str, Any]:
+    """The row of one size of the GPT."""
     task = make_task(TaskRef("gpt", lambda: gpt(size=size)))
     model = task.model.to(device)
     times: dict[bool, list[float]] = {False: [], True: []}
@@ -44,7 +47,9 @@ def measure(size: str, steps: int, device: str) -> dict[str, float]:
             if step >= WARM_UP:
                 times[recorded].append(time.perf_counter() - start)
     plain, watched = (statistics.median(times[kind]) for kind in (False, True))
-    return {"plain_ms": plain * 1e3, "recorded_ms": watched * 1e3, "ratio": watched / plain, "rows": rows}
+    ratio = spread([w / p for p, w in zip(times[False], times[True], strict=True)])
+    return {"model": f"gpt {size}", "precision": "fp32", "plain_ms": plain * 1e3, "recorded_ms": watched * 1e3,
+            "ratio": ratio.median, "quartiles": [ratio.low, ratio.high], "ops": rows}  # fmt: skip
 
 
 def _wait(device: str) -> None:
@@ -59,12 +64,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    result = measure(options.size, options.steps, options.device)
-    print(f"plain {result['plain_ms']:.1f} ms, recorded {result['recorded_ms']:.1f} ms: {result['ratio']:.2f} times")
-    print(f"{result['rows']} ops on {options.device}, {torch.get_num_threads()} threads, size {options.size}")
-    if options.json:
-        content = {"torch": torch.__version__, "device": options.device, "threads": torch.get_num_threads(), **result}
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    row = measure(options.size, options.steps, options.device)
+    low, high = row["quartiles"]
+    print(f"plain {row['plain_ms']:.1f} ms, recorded {row['recorded_ms']:.1f} ms")
+    print(f"recorded / plain: {row['ratio']:.2f} (quartiles {low:.2f} to {high:.2f})")
+    print(f"{row['ops']} ops on {options.device}, {torch.get_num_threads()} threads, size {options.size}")
+    asked = [Target("op level", row["ratio"], 3.0)] if options.device == "cpu" and options.size == "small" else []
+    check(asked)
+    details = machine(device=options.device)
+    write_json(options.json, "oplevel", [row], targets=asked, steps=options.steps, **details)
 
 
 if __name__ == "__main__":

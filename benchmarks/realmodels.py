@@ -62,6 +62,13 @@ def gpt() -> ps.Task:
     return make_task("gpt")
 
 
+def gpt_tiny() -> ps.Task:
+    """The same, two layers of width 32: to see that a benchmark runs; its times say nothing."""
+    from precscope.training.tasks.gpt import gpt
+
+    return gpt("tiny")
+
+
 def resnet(width: int = 16) -> ps.Task:
     """A ResNet on scikit-learn's handwritten digits: 1,797 real images, of which 297 are held out."""
     try:
@@ -126,3 +133,4 @@ def _docstrings() -> list[tuple[str, str]]:
 
 
 TASKS: dict[str, Callable[[], ps.Task]] = {"gpt": gpt, "resnet": resnet, "minilm": minilm}
+MODELS = {**TASKS, "gpt-tiny": gpt_tiny}

@@ -6,12 +6,13 @@ python benchmarks/startup.py [--runs 15] [--json OUT]
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from common import Target, check, machine, write_json
 
 COMMANDS = {
     "python -c pass": [sys.executable, "-c", "pass"],
@@ -32,14 +33,15 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    results = {}
+    rows = []
     for name, command in COMMANDS.items():
         seconds(command)
         times = [seconds(command) for _ in range(options.runs)]
-        results[name] = {"median_s": statistics.median(times), "max_s": max(times)}
-        print(f"{name:<28} median {results[name]['median_s']:.3f} s, slowest {results[name]['max_s']:.3f} s")
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        rows.append({"command": name, "median_s": statistics.median(times), "max_s": max(times)})
+        print(f"{name:<28} median {rows[-1]['median_s']:.3f} s, slowest {rows[-1]['max_s']:.3f} s")
+    asked = [Target(r["command"], r["median_s"], 0.5) for r in rows if r["command"].startswith("precscope")]
+    check(asked)
+    write_json(options.json, "startup", rows, targets=asked, runs=options.runs, **machine())
 
 
 if __name__ == "__main__":

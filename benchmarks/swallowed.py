@@ -10,12 +10,12 @@ expected share; the real share is that of the elements whose stored value did no
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import write_json
 
 import precscope as ps
 from precscope.histogram import swallowed_expected, swallowed_share
@@ -86,8 +86,7 @@ def main() -> None:
                 results.append(row)
                 print(f"{optimizer:<9} {lr:7g}  {name:<6} {row['lo']:7.2%}  {row['expected']:8.2%} {row['hi']:7.2%} "
                       f"{row['real']:7.2%}  {len(row['outside'])} of {row['parameters']}")  # fmt: skip
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_json(options.json, "swallowed", results, size=options.size, steps=options.steps)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ two sides end with different losses is refused.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import tempfile
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import machine, write_json
 from torch import nn
 
 import precscope as ps
@@ -172,21 +172,19 @@ def main() -> None:
     parser.add_argument("--out", action="store_true", help="the trainer's side writes its log")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    results: dict[str, dict[str, float]] = {}
+    rows: list[dict[str, Any]] = []
     print(
         f"{'':<12} {'by hand':>11} {'trainer':>11} {'ratio':>7} {'paired':>7} {'fastest':>8} {'added':>9} {'noise':>6}"
     )
     for name in options.tasks:
         for precision in options.precision:
             r = measure(name, precision, options.steps, options.guard, options.out)
-            results[f"{name} {precision}"] = r
+            rows.append({"task": name, "precision": precision, **r})
             print(f"{name + ' ' + precision:<12} {r['hand_us']:>8.0f} us {r['trainer_us']:>8.0f} us {r['ratio']:>7.3f} "
                   f"{r['paired_ratio']:>7.3f} {r['fastest_ratio']:>8.3f} {r['added_us']:>6.0f} us "
                   f"{r['noise_ratio']:>6.3f}", flush=True)  # fmt: skip
-    if options.json:
-        content = {"torch": torch.__version__, "threads": torch.get_num_threads(), "steps": options.steps,
-                   "guard": options.guard, "out": options.out, "results": results}  # fmt: skip
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    settings = {"steps": options.steps, "guard": options.guard, "out": options.out}
+    write_json(options.json, "trainer", rows, **settings, **machine())
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ alone, and each guilty one of several is left low alone, under three seeds; what
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -44,8 +44,10 @@ def answers(case: Case, fmt: str) -> dict[str, list[str]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, help="of case files (default: those of precscope)")
+    folder = parser.parse_args().folder or own_zoo()
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else own_zoo()
     found: dict[str, dict[str, dict[str, list[str]]]] = {}
     for case in load_cases(folder):
         for fmt in FORMATS:

@@ -33,6 +33,7 @@ _WHERE = {
     "infer": "inference", "export": "exporting",
     "compare": "comparison", "verify": "comparison",
     "report": "reporting",
+    "plot": "plotting",
     "PrecscopeError": "errors", "UsageError": "errors", "RunError": "errors",
 }  # fmt: skip
 
@@ -42,7 +43,10 @@ __all__ = ["__version__", *sorted(_WHERE)]
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'precscope' has no attribute {name!r}; it has {', '.join(sorted(_WHERE))}")
-    value = getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+    if name == "plot":  # the one name that is a module
+        value = importlib.import_module(".plotting", __name__)
+    else:
+        value = getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
     globals()[name] = value
     return value
 

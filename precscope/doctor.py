@@ -109,8 +109,10 @@ def _fp8_rate(name: str, device: torch.device, size: int) -> Rate:
     """fp8 by torch._scaled_mm on CUDA devices of compute capability 8.9 and above; emulated elsewhere."""
     import torch
 
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
-        return Rate(name, False, float("nan"), "emulated")
+    from .applying.scaled import missing_on
+
+    if why := missing_on(device):
+        return Rate(name, False, float("nan"), f"emulated: {why}")
     if name == "e5m2":
         return Rate(name, True, float("nan"), "native beside e4m3 operands (gradients)")
     size -= size % 16  # as the kernel asks

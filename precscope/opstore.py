@@ -16,7 +16,7 @@ import numpy as np
 from .errors import RunDirectoryError, first_line
 from .formats import FloatFormat, get_format
 from .stats import StatsTable
-from .store import arrow_array, expand, replacing, trim
+from .store import arrow_array, expand, trim, write_part
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,7 +125,6 @@ def write_ops(directory: str | Path, records: OpRecords) -> Path:
     Raises RunDirectoryError where it cannot be written.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     directory = Path(directory)
     numbers = [int(p.stem.partition("-")[2]) for p in directory.glob("ops-*.parquet")]
@@ -140,8 +139,7 @@ def write_ops(directory: str | Path, records: OpRecords) -> Path:
     }  # fmt: skip
     schema = ops_schema()
     arrays = [hist if f.name == "hist" else arrow_array(columns[f.name], f.type) for f in schema]
-    with replacing(path) as temporary:
-        pq.write_table(pa.Table.from_arrays(arrays, schema=schema), temporary, compression="zstd")
+    write_part(path, pa.Table.from_arrays(arrays, schema=schema))
     return path
 
 

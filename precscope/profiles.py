@@ -1,18 +1,18 @@
 """A recorded run, read as tables: `Profile.load("runs/a").ask("e5m2", scale_exponent=12)`.
 
-A Profile holds, per site, the statistics summed over all recorded steps (histograms add up), and per step and site the
-scalars that make a history. Any format and power-of-two scale is answered from them, without the model and without
-torch.
+A Profile holds, per site, the statistics summed over all recorded steps (histograms add up); the scalars per step and
+site, which make a history, are read from the directory when they are asked for. Any format and power-of-two scale is
+answered from them, without the model and without torch.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -20,7 +20,18 @@ from .errors import RunDirectoryError, UsageError, nearest
 from .formats import FloatFormat, get_format
 from .sites import Role, Site
 from .stats import StatsTable
-from .store import CHANGES, expand, read_part
+from .store import (
+    HISTORY,
+    Peaks,
+    Totals,
+    as_arrow,
+    joined,
+    list_parts,
+    load_totals,
+    of_steady_parts,
+    read_history,
+    read_part,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,7 +39,7 @@ if TYPE_CHECKING:
 
     from .opstore import OpRecords
 
-_SCALARS = ("count", "zeros", "pos_inf", "neg_inf", "nan", "amax", "amin_nonzero", "sum", "sumsq", "loss_scale")
+T = TypeVar("T")
 
 
 @dataclass
@@ -42,7 +53,8 @@ class Profile:
     None where there were none. truth: what those steps said of the run's own precision, a row per (step, parameter):
     step, parameter, module, cosine and rel_error of its gradient against the fp32 one, grad_norm_fp32, loss_low,
     loss_fp32; None where there were none. rounded: of a shadow profile: format -> mean over its steps of the squared
-    change of the loss when the tensor is really rounded, float64[sites], NaN but for parameters.
+    change of the loss when the tensor is really rounded, float64[sites], NaN but for parameters. times: how many rows
+    (steps, on each process that writes) each site has, most: elements in one of them, at most, both int64[sites].
     """
 
     path: Path
@@ -55,7 +67,12 @@ class Profile:
     shadow: Profile | None = field(default=None, repr=False)
     truth: pd.DataFrame | None = field(default=None, repr=False)
     rounded: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    times: np.ndarray | None = field(default=None, repr=False)
+    most: np.ndarray | None = field(default=None, repr=False)
     _history: pd.DataFrame | None = field(default=None, repr=False)
+    _steps: list[int] | None = field(default=None, repr=False)
+    _kind: str = field(default="stats", repr=False)
+    _skip_damaged: bool = field(default=False, repr=False)
 
     @classmethod
     def load(cls, path: str | Path, *, skip_damaged: bool = False) -> Profile:
@@ -75,22 +92,18 @@ class Profile:
         damaged: list[str] = []
         run = _read_json(path / "run.json")
         world = run.get("merged_over", 0)  # of processes whose rows add up, gradients divided by their number
-        reader, shadow, truth = _Reader(world), _Reader(world), []
-        for _, table in _parts(path, "stats", skip_damaged, damaged):
-            reader.add(table)
-        for part, table in _parts(path, "shadow", skip_damaged, damaged):
-            shadow.add(table, rank="" if world or part.parent == path else part.parent.name)
-        for _, table in _parts(path, "truth", skip_damaged, damaged):
-            truth.append(table)
-        if not run and not reader.sites:
+        totals = _sums(path, "stats", skip_damaged, damaged)
+        priced = _sums(path, "shadow", skip_damaged, damaged)
+        truth = [table for _, table in _parts(path, "truth", skip_damaged, damaged)]
+        if not run and not len(totals):
             raise RunDirectoryError(
                 f"{path} holds no recorded run: record one with precscope profile TASK --out {path}"
             )
-        table, ratios = reader.merged()
         graph = _read_json(path / "graph.json")
-        priced = shadow.shadow_profile(path, run, graph)
-        return cls(path, run, list(reader.sites), table, ratios, graph, damaged, priced, _truth(truth),
-                   _history=reader.history())  # fmt: skip
+        shadow = _shadow(path, run, graph, priced, damaged, skip_damaged) if len(priced) else None
+        return cls(path, run, list(totals.sites), totals.table(world=world), totals.ratios(), graph, damaged, shadow,
+                   _truth(truth), times=totals.rows, most=totals.most,
+                   _steps=sorted(totals.steps), _skip_damaged=skip_damaged)  # fmt: skip
 
     @property
     def modules(self) -> list[str]:
@@ -100,7 +113,9 @@ class Profile:
     @property
     def steps(self) -> list[int]:
         """Recorded steps, ascending."""
-        return sorted(self.history().step.unique().tolist()) if self._history is not None else []
+        if self._steps is None:
+            self._steps = [] if self._history is None else sorted(self._history.step.unique().tolist())
+        return self._steps
 
     @property
     def train(self) -> pd.DataFrame | None:
@@ -205,11 +220,40 @@ class Profile:
                 total[key] = total.get(key, 0.0) + value
         return np.sqrt([total.get(site, np.nan) for site in sites])
 
-    def history(self) -> pd.DataFrame:
+    def history(self, columns: Sequence[str] | None = None, *, roles: Collection[str] | None = None) -> pd.DataFrame:
         """A row per (step, site): step, module, role, call, tensor, source, count, zeros, pos_inf, neg_inf, nan, amax,
-        amin_nonzero, sum, sumsq, loss_scale. Gradients have the loss scale divided out already."""
-        assert self._history is not None
-        return self._history
+        amin_nonzero, sum, sumsq, loss_scale. Gradients have the loss scale divided out already.
+
+        columns: these alone. roles: rows of these alone. Both save time and memory where a run is long: about 0.1 kB
+        a row. The rows of one site ascend in step. Read from the directory, which must still be there; steps that were
+        recorded since the run was loaded are left out.
+        Raises UsageError for an unknown column, RunDirectoryError where a part is gone or damaged.
+        """
+        wanted = HISTORY if columns is None else tuple(columns)
+        unknown = [name for name in wanted if name not in HISTORY]
+        if unknown:
+            raise UsageError(f"no column {unknown[0]!r} in the history; columns are {', '.join(HISTORY)}")
+        if self._history is None and columns is None and roles is None:
+            self._history = self._scalars(HISTORY, lambda tables: joined(tables, HISTORY, None))
+        if self._history is None:
+            return self._scalars((*wanted, "role"), lambda tables: joined(tables, wanted, roles))
+        rows = self._history if roles is None else self._history[self._history.role.isin(list(roles))]
+        return rows if columns is None else rows[list(wanted)]
+
+    @cached_property
+    def peaks(self) -> Peaks:
+        """amax of each (module, role, call) at each recorded step."""
+        if self._history is None:
+            return self._scalars(Peaks.COLUMNS, lambda tables: Peaks.of(tables, self.sites, self.steps))
+        tables = [as_arrow(self._history, Peaks.COLUMNS)] if len(self._history) else []
+        return Peaks.of(tables, self.sites, self.steps)
+
+    def _scalars(self, columns: Sequence[str], use: Callable[[Iterator[pa.Table]], T]) -> T:
+        return read_history(
+            _directories(self.path), self._kind, columns, use,
+            last=self.steps[-1] if self.steps else None, least=0 if self.times is None else int(self.times.sum()),
+            damaged=self.damaged, skip_damaged=self._skip_damaged,
+        )  # fmt: skip
 
     def __str__(self) -> str:
         steps = self.steps
@@ -219,6 +263,11 @@ class Profile:
 
     def __repr__(self) -> str:
         return str(self)
+
+    def _repr_html_(self) -> str:
+        from .reporting.notebook import profile_html
+
+        return profile_html(self)
 
 
 def worst_first(table: pd.DataFrame, column: str = "overflow_hi") -> pd.DataFrame:
@@ -231,9 +280,28 @@ def worst_first(table: pd.DataFrame, column: str = "overflow_hi") -> pd.DataFram
     return table.sort_values(keys, ascending=[ascending, *[False] * (len(keys) - 1)], kind="stable")
 
 
+def _sums(path: Path, kind: str, skip_damaged: bool, damaged: list[str]) -> Totals:
+    """Those of all processes. Damaged parts are raised, or named."""
+
+    def read(parts: dict[Path, list[Path]]) -> tuple[Totals, list[str]]:
+        totals, bad = Totals(), []
+        for directory, paths in parts.items():
+            load_totals(directory, kind, parts=paths, into=totals, damaged=bad if skip_damaged else None)
+        return totals, bad
+
+    totals, bad = of_steady_parts(_directories(path), kind, read)
+    damaged += bad
+    return totals
+
+
+def _directories(path: Path) -> list[Path]:
+    """Where parts are: the run's own directory and those of further processes."""
+    return [path, *sorted(path.glob("rank-*"))]
+
+
 def _parts(path: Path, kind: str, skip_damaged: bool, damaged: list[str]) -> Iterator[tuple[Path, pa.Table]]:
     """The parts of one kind, those of further ranks after those of rank 0. Damaged ones are raised, or named."""
-    for part in sorted(path.glob(f"{kind}-*.parquet")) + sorted(path.glob(f"rank-*/{kind}-*.parquet")):
+    for part in (p for d in _directories(path) for p in list_parts(d, kind)):
         try:
             table = read_part(part, kind=kind)
         except RunDirectoryError:
@@ -255,116 +323,26 @@ def _truth(parts: list[pa.Table]) -> pd.DataFrame | None:
     return pa.concat_tables(parts).to_pandas().sort_values("step", kind="stable", ignore_index=True) if parts else None
 
 
-class _Reader:
-    """Sums parts into one row per site, and keeps the scalars of every step. world: see Profile.load."""
-
-    def __init__(self, world: int = 0) -> None:
-        self._world_exponent = max(world, 1).bit_length() - 1
-        self.sites: dict[Site, int] = {}
-        self._tables: list[StatsTable] = []
-        self._rows = 0
-        self._keys: list[np.ndarray] = []
-        self._ratios: dict[int, tuple[np.ndarray, int, int]] = {}
-        self._scalars: list[pa.Table] = []
-        self._ranks: set[str] = set()
-        self._squares: dict[str, dict[int, float]] = {fmt: {} for fmt in CHANGES}
-
-    def add(self, part: pa.Table, *, rank: str = "") -> None:
-        """rank: whose part it is, for shadow parts: their weights are averaged."""
-        self._ranks.add(rank)
-        column = {name: part.column(name).combine_chunks() for name in part.column_names}
-        key = zip(*(column[n].to_pylist() for n in ("module", "role", "call", "tensor")), strict=True)
-        index = [self.sites.setdefault(Site(m, Role(r), c, t), len(self.sites)) for m, r, c, t in key]
-        keys = np.asarray(index, np.int64)
-        table = StatsTable(
-            counts=expand(column["hist_lo"].to_numpy(zero_copy_only=False), column["hist"]),
-            **{n: column[n].to_numpy(zero_copy_only=False) for n in _SCALARS if n not in ("count", "loss_scale")},
-            source=column["source"].to_pylist(),
-            source_exponent=self._source_exponents(column),
-            weights=_weights(column) if "weights" in column else None,
-        )
-        unique, inverse = np.unique(keys, return_inverse=True)
-        self._tables.append(table.group(inverse, len(unique)))
-        self._keys.append(unique)
-        self._rows += len(unique)
-        if self._rows > 4 * len(self.sites) + 4096:
-            self._collapse()
-        self._add_ratios(keys, column)
-        for fmt, squares in self._squares.items():
-            if f"change_{fmt}" in column:
-                for site, change in zip(index, column[f"change_{fmt}"].to_pylist(), strict=True):
-                    if change is not None:
-                        squares[site] = squares.get(site, 0.0) + change * change
-        self._scalars.append(part.select(["step", "module", "role", "call", "tensor", "source", *_SCALARS]))
-
-    def _source_exponents(self, column: dict[str, pa.Array]) -> np.ndarray:
-        """By which powers of two values were multiplied since they were seen: what was divided out of gradients."""
-        scale = 1 - np.frexp(column["loss_scale"].to_numpy(zero_copy_only=False))[1].astype(np.int64)
-        gradient = np.asarray([Role(role).is_gradient for role in column["role"].to_pylist()], np.int64)
-        return scale - self._world_exponent * gradient
-
-    def _add_ratios(self, keys: np.ndarray, column: dict[str, pa.Array]) -> None:
-        rows = np.flatnonzero(column["ratio_unchanged"].is_valid().to_numpy(zero_copy_only=False))
-        if not len(rows):
-            return
-        counts = expand(column["ratio_lo"].take(rows).to_numpy(zero_copy_only=False), column["ratio"].take(rows))
-        unchanged = column["ratio_unchanged"].take(rows).to_pylist()
-        from_zero = column["ratio_from_zero"].take(rows).to_pylist()
-        for i, row in enumerate(rows):
-            site = int(keys[row])
-            before = self._ratios.get(site)
-            now = (counts[i], unchanged[i], from_zero[i])
-            self._ratios[site] = now if before is None else tuple(a + b for a, b in zip(before, now, strict=True))  # type: ignore[assignment]
-
-    def _collapse(self) -> None:
-        table = StatsTable.concat(self._tables)
-        self._tables = [table.group(np.concatenate(self._keys), len(self.sites))]
-        self._keys = [np.arange(len(self.sites))]
-        self._rows = len(self.sites)
-
-    def merged(self) -> tuple[StatsTable, dict[int, tuple[np.ndarray, int, int]]]:
-        if not self._tables:
-            return StatsTable.empty(0), {}
-        self._collapse()
-        return self._tables[0], self._ratios
-
-    def shadow_profile(self, path: Path, run: dict[str, Any], graph: dict[str, Any]) -> Profile | None:
-        """The shadow parts as a Profile, with the weights of one step; None where there were none."""
-        if not self.sites:
-            return None
-        table, ratios = self.merged()
-        history = self.history()
-        if table.weights is not None:
-            table.weights /= history.step.nunique() * self._shares(list(self.sites))[:, None]
-        runs = history.step.nunique() * len(self._ranks)
-        rounded = {
-            fmt: np.asarray([squares.get(i, np.nan) / runs for i in range(len(self.sites))])
-            for fmt, squares in self._squares.items()
-        }
-        return Profile(path, {**run, "precision": "fp32"}, list(self.sites), table, ratios, graph, rounded=rounded,
-                       _history=history)  # fmt: skip
-
-    def _shares(self, sites: list[Site]) -> np.ndarray:
-        """By what to divide weights that were summed over R ranks whose mean loss is trained on: activations of each
-        rank enter that mean with a factor 1/R, squared 1/R^2; gradients of parameters are averaged already."""
-        ranks = len(self._ranks)
-        return np.asarray([ranks if s.role is Role.WEIGHT else ranks * ranks for s in sites], float)
-
-    def history(self) -> pd.DataFrame:
-        import pandas as pd
-        import pyarrow as pa
-
-        if not self._scalars:
-            return pd.DataFrame(columns=["step", "module", "role", "call", "tensor", "source", *_SCALARS])
-        table = pa.concat_tables(self._scalars).unify_dictionaries()
-        return table.to_pandas()
+def _shadow(
+    path: Path, run: dict[str, Any], graph: dict[str, Any], totals: Totals, damaged: list[str], skip_damaged: bool
+) -> Profile:
+    """The shadow parts as a Profile, with the weights of one step."""
+    ranks = [path] if run.get("merged_over") else [
+        d for d in _directories(path) if any(str(p) not in damaged for p in list_parts(d, "shadow"))
+    ]  # fmt: skip
+    table, steps = totals.table(world=run.get("merged_over", 0)), max(len(totals.steps), 1)
+    if table.weights is not None:
+        table.weights /= steps * _shares(list(totals.sites), len(ranks))[:, None]
+    rounded = {fmt: squares / (steps * len(ranks)) for fmt, squares in totals.squared_changes().items()}
+    return Profile(path, {**run, "precision": "fp32"}, list(totals.sites), table, totals.ratios(), graph, damaged,
+                   rounded=rounded, times=totals.rows, most=totals.most, _steps=sorted(totals.steps), _kind="shadow",
+                   _skip_damaged=skip_damaged)  # fmt: skip
 
 
-def _weights(column: dict[str, pa.Array]) -> np.ndarray:
-    """float64 [rows, BINS], NaN where null."""
-    weights = expand(column["weights_lo"].to_numpy(zero_copy_only=False), column["weights"], np.float64)
-    weights[column["weights"].is_null().to_numpy(zero_copy_only=False)] = np.nan
-    return weights
+def _shares(sites: list[Site], ranks: int) -> np.ndarray:
+    """By what to divide weights that were summed over R ranks whose mean loss is trained on: activations of each rank
+    enter that mean with a factor 1/R, squared 1/R^2; gradients of parameters are averaged already."""
+    return np.asarray([ranks if s.role is Role.WEIGHT else ranks * ranks for s in sites], float)
 
 
 def _roles(roles: Iterable[str]) -> set[Role]:

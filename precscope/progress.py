@@ -1,13 +1,14 @@
-"""Progress on the terminal: bars where there is one, a line at the start and at the end of each part where there is
-none (a pipe, a log)."""
+"""Progress on the terminal: bars where there is one, a line now and then and at the end of each part where there is
+none (a pipe, a log, a job of continuous integration): no colours, no carriage returns."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 
 class Progress:
@@ -15,7 +16,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._bars: Any = None
-        if sys.stderr.isatty():
+        if is_terminal(sys.stderr):
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bars
@@ -47,6 +48,13 @@ class Progress:
                 bar, completed=done, total=total, loss=f"loss {loss:.4f}"
             )
         return _Lines(name)
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether pictures can be redrawn on `stream`: not in a pipe, on a terminal that cannot move its cursor, or in a
+    job of continuous integration (CI is set), whose log keeps every redrawing as a line."""
+    quiet = os.environ.get("CI", "").lower() not in ("", "0", "false")
+    return stream.isatty() and not quiet and os.environ.get("TERM", "dumb") not in ("dumb", "unknown", "")
 
 
 class _Lines:

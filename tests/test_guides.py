@@ -1,4 +1,4 @@
-"""Every page of docs/guide runs, block after block, and so does the project's README.
+"""Every page of docs/guide and docs/users and the quick start run, block after block, and so does the project's README.
 
 The convention is that of docs/guide/README.md. A page runs in one process of its own: Python blocks share a namespace,
 and commands are run by the console script's own entry in the same process, which spares the import of torch.
@@ -20,7 +20,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(p for p in (ROOT / "docs" / "guide").glob("*.md") if p.name != "README.md")
+GUIDES = sorted(p for p in (ROOT / "docs" / "guide").glob("*.md") if p.name != "README.md")
+USERS = sorted(p for p in (ROOT / "docs" / "users").glob("*.md") if p.name != "index.md")
+PAGES = [*GUIDES, *USERS, ROOT / "docs" / "quickstart.md"]
 LONG = dict.fromkeys(("distributed", "inference"), pytest.mark.slow)
 """Pages that take more than a few seconds: several processes, torch.export and ONNX."""
 SHOWN = {"", "sh", "bash", "text", "json", "toml", "yaml"}
@@ -157,17 +159,18 @@ def run():
 
 @pytest.mark.parametrize("path", [pytest.param(p, id=p.stem, marks=LONG.get(p.stem, ())) for p in PAGES])
 def test_page_runs(path, tmp_path, run):
-    steps = steps_of(path.read_text(encoding="utf-8"), f"docs/guide/{path.name}")
+    steps = steps_of(path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix())
     needs = re.search(r"<!-- needs: ([\w.]+) -->", path.read_text(encoding="utf-8"))
     if not steps and needs:
         pytest.skip(f"{needs[1]} is not installed")
     assert any(s.kind != "file" for s in steps), "a page has an example that runs"
-    assert len(re.findall(r"^--- \w+ at docs/guide/", run(steps, tmp_path), re.MULTILINE)) == len(steps)
+    assert len(re.findall(r"^--- \w+ at docs/", run(steps, tmp_path), re.MULTILINE)) == len(steps)
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*GUIDES, *USERS], ids=lambda p: p.stem)
 def test_page_is_in_the_index(path):
-    assert f"({path.name})" in (path.parent / "README.md").read_text(encoding="utf-8")
+    index = path.parent / ("README.md" if path in GUIDES else "index.md")
+    assert f"({path.name})" in index.read_text(encoding="utf-8")
 
 
 def readme_steps() -> list[Step]:

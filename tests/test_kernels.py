@@ -26,6 +26,7 @@ pytest.importorskip("numba")
 
 BACKENDS = ("torch", "numba")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+CODES = st.integers(-(2**15), 2**15 - 1)  # of the 16-bit formats
 EXACT = ("zeros", "pos_inf", "neg_inf", "nan", "amax", "amin_nonzero")
 
 
@@ -51,14 +52,15 @@ def expected(x: torch.Tensor) -> dict[str, object]:
     }
 
 
-def check(stats: TensorStats, x: torch.Tensor) -> None:
+def check(stats: TensorStats, x: torch.Tensor, sums: float = 1e-12) -> None:
+    """sums: relative error allowed to sumsq, and to sum, of the sum of magnitudes."""
     truth = expected(x)
     np.testing.assert_array_equal(stats.counts, truth["counts"])
     for name in EXACT:
         assert getattr(stats, name) == truth[name], name
     assert stats.count == x.numel()
-    assert stats.sum == pytest.approx(truth["sum"], rel=1e-12, abs=1e-13 * truth["size"])
-    assert stats.sumsq == pytest.approx(truth["sumsq"], rel=1e-12)
+    assert stats.sum == pytest.approx(truth["sum"], rel=sums, abs=sums / 10 * truth["size"])
+    assert stats.sumsq == pytest.approx(truth["sumsq"], rel=sums)
 
 
 def awkward(dtype: torch.dtype, n: int = 10_007) -> torch.Tensor:
@@ -119,11 +121,9 @@ def test_any_floats(values, backend):
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    st.lists(st.floats(width=16), max_size=20), st.lists(st.floats(width=16), max_size=20), st.sampled_from(BACKENDS)
-)
+@given(st.lists(CODES, max_size=20), st.lists(CODES, max_size=20), st.sampled_from(BACKENDS))
 def test_parts_add_up_to_the_whole(a, b, backend):
-    x, y = torch.tensor(a, dtype=torch.float16), torch.tensor(b, dtype=torch.float16)
+    x, y = (torch.tensor(codes, dtype=torch.int16).view(torch.float16) for codes in (a, b))
     merged = summarize(x, backend=backend) + summarize(y, backend=backend)
     check(merged, torch.cat([x, y]))
 
@@ -137,6 +137,31 @@ def test_sizes_around_blocks_and_chunks(n, dtype):
         x[n // 2] = math.inf
         x[-1] = 2.0**-130
         check(summarize(x, backend="numba"), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_blocks_whose_binades_wander_spread_and_vanish(dtype):
+    """The CPU counts pairs of values in a window of 31 binades, which moves with the blocks."""
+    generator = torch.Generator().manual_seed(5)
+    low, high = (-14, 15) if dtype == torch.float16 else (-126, 127)
+    blocks = []
+    for i in range(24):
+        width = (0, 1, 15, 29, 30, 31, 60)[i % 7]
+        first = int(torch.randint(low, high - min(width, high - low) + 1, (1,), generator=generator))
+        exponents = torch.randint(first, min(first + width, high) + 1, (4096,), generator=generator)
+        x = (1 + torch.rand(4096, generator=generator) * 0.9).double() * torch.exp2(exponents.double())
+        x[torch.rand(4096, generator=generator) < 0.1 * (i % 3)] = 0.0
+        x[0], x[-1] = 2.0**first, 2.0 ** min(first + width, high)  # the very ends of the window
+        blocks.append(x * torch.randn(4096, generator=generator).sign())
+    blocks += [torch.zeros(4096), torch.full((4096,), -1.0), blocks[0][:1000]]
+    x = torch.cat([b.double() for b in blocks]).to(dtype)
+    check(summarize(x, backend="numba"), x)
+    for special in (math.inf, math.nan, 2.0**-149 if dtype != torch.float16 else 2.0**-24):
+        x[5 * 4096 + 17] = special
+        check(summarize(x, backend="numba"), x)
+    buffer = SlotBuffer("cpu", 1, backend="numba")
+    buffer.accumulate(0, x, multiplier=2.0**-20)
+    check(buffer.read().row(0), x.double() * 2.0**-20)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -466,6 +491,7 @@ def test_gpu_agrees_and_does_not_wait(backend, name):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     table = buffer.read()
-    check(table.row(0), x)
-    check(table.row(2), x.double() * 2.0**-16)
+    sums = 2.0**-18 if backend == "triton" else 1e-12  # triton.py promises 2^-21; a tenth of this is allowed to sum
+    check(table.row(0), x, sums)
+    check(table.row(2), x.double() * 2.0**-16, sums)
     assert backend_for("cuda") in ("triton", "torch") or kernels.backend_for("cuda").startswith("torch (triton")

@@ -14,6 +14,7 @@ from torch import nn
 from precscope.advice.cost import CostTable
 from precscope.advice.measurement import measure
 from precscope.advice.units import ModelGraph, Unit
+from precscope.applying.scaled import native_anywhere
 from precscope.preservation import preserved
 from precscope.recording.flops import count_flops
 
@@ -33,6 +34,18 @@ def test_modules_that_work_in_place_are_timed():
     table = measure(model, lambda: model(X), FORMATS, note=notes.append)
     assert formats_of(table, "act") == sorted(FORMATS) and formats_of(table, "") == sorted(FORMATS)
     assert not notes
+
+
+def test_e4m3_is_timed_where_the_device_multiplies_it_and_leaves_no_plan_behind():
+    model, x = nn.Sequential(nn.Linear(16, 32), nn.GELU()), torch.ones(8, 16)
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    asked = ("fp32", "bf16", "e4m3")
+    assert formats_of(measure(model, lambda: model(x), asked), "0") == ["bf16", "fp32"]
+    with native_anywhere():
+        table = measure(model, lambda: model(x), asked)
+    assert formats_of(table, "0") == formats_of(table, "1") == sorted(asked)
+    assert {name: dict(module.__dict__) for name, module in model.named_modules()} == before
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_what_is_timed_does_not_see_its_own_changes():

@@ -18,7 +18,8 @@ ORDER = [
     "errors", "formats", "sites", "histogram", "stats", "reference", "rounding", "kernels", "store", "events",
     "opstore", "plans", "profiles", "batches", "preservation", "tasks", "attribution", "emulation", "applying",
     "recording", "tracing", "advice", "training", "confirmation", "profiling", "replaying", "comparison",
-    "reporting", "tuning", "inference", "exporting", "doctor", "progress", "demo", "zoo", "bench", "cli",
+    "reporting", "plotting", "progress", "live", "tuning", "inference", "exporting", "doctor", "demo", "zoo", "bench",
+    "cli",
 ]  # fmt: skip
 
 
@@ -55,8 +56,8 @@ def test_imports_go_down_only(path):
     assert above <= ALLOWED.get(room, set()), f"{path.name} imports {above}"
 
 
-# A Comparison prints itself as reporting's table.
-ALLOWED = {"comparison": {"reporting"}}
+# A Comparison prints itself as reporting's table; a Profile and a plan show themselves in notebooks.
+ALLOWED = {"comparison": {"reporting"}, "profiles": {"reporting"}, "plans": {"reporting"}}
 
 
 def test_reporting_and_training_do_not_know_each_other():

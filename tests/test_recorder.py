@@ -219,6 +219,10 @@ def test_shared_tensor_is_reduced_once(tmp_path, monkeypatch):
     reduced = []
     original = Observations.reduce
     monkeypatch.setattr(Observations, "reduce", lambda self, x: reduced.append(x.shape) or original(self, x))
+    many = Observations.reduce_many
+    monkeypatch.setattr(
+        Observations, "reduce_many", lambda self, xs: reduced.extend(x.shape for x in xs) or many(self, xs)
+    )
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     with record(model, tmp_path / "run", every=1), torch.no_grad():
         model(models.batch(0)[0])
@@ -397,7 +401,7 @@ def test_swallowed_updates_are_told_from_the_ratio(tmp_path):
 
 
 def test_a_full_disk_warns_and_the_run_goes_on(tmp_path, monkeypatch):
-    from precscope import store
+    from precscope.store import files as store
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -417,7 +421,7 @@ def test_a_full_disk_warns_and_the_run_goes_on(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_raises_where_asked(tmp_path, monkeypatch):
-    from precscope import store
+    from precscope.store import files as store
 
     model = build("mlp")
     with pytest.raises(RunDirectoryError, match="free space or choose another directory"):

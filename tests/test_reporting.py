@@ -1,4 +1,4 @@
-"""View, text, Markdown, HTML and figures, on run directories made by the real writer from known numbers."""
+"""View, text, Markdown and HTML, on run directories made by the real writer from known numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from precscope.errors import RunDirectoryError, UsageError
+from precscope.errors import RunDirectoryError
 from precscope.formats import get_format
 from precscope.histogram import BINS, EXP_LO
 from precscope.opstore import OpRecords, OpSite
@@ -21,6 +21,7 @@ from precscope.plans import LayerPrecision, PrecisionPlan, Reason
 from precscope.profiles import Profile
 from precscope.reporting import numbers, report, tables, text
 from precscope.reporting.html import embed, payload, render
+from precscope.reporting.markdown import _md, markdown, save_markdown
 from precscope.reporting.rows import group_rows, plan_rows, site_rows
 from precscope.reporting.view import build_view
 from precscope.sites import Role, Site
@@ -250,7 +251,7 @@ def test_sites_near_the_end_of_fp16_are_named_without_a_plan_too(tmp_path):
     assert said.items[0].startswith("fp16: every tensor fits; the lowest SQNR is")
     assert said.items[1] == FC2 and said.items[2].startswith("bf16 has the range of fp32")
     assert f"    {FC2[:60]}" in text.verdict_text(view, width=80)
-    assert f"  - {text._md(FC2)}" in text.markdown(view)
+    assert f"  - {_md(FC2)}" in markdown(view)
     assert FC2 in render(view)
     fact = next(f for f in view.facts if f.label == "Least head-room in fp16")
     assert (fact.value, fact.note) == ("1.4 binades", "blocks.1.mlp.fc2.output")
@@ -342,6 +343,27 @@ def test_recorded_nonfinite_values_come_first(tmp_path):
     assert head.nonfinite == 2 and head.broken == (1,)
 
 
+def test_a_failed_run_says_so_before_all_else(tmp_path):
+    run = make_run(tmp_path / "a", steps=2, status="failed", error="TrainingError: the loss\x1b[2J was not finite")
+    view = build_view(run)
+    assert view.lead.startswith("The run failed. ") and view.statements[0].kind == "bad"
+    assert view.statements[0].text == "The run failed; what is said here is what it recorded up to step 10."
+    assert view.next_command == "precscope trace gpt"
+    for said in (text.verdict_text(view), markdown(view)):
+        assert "The run failed" in said and "was not finite" in said and "\x1b" not in said
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "run.json").write_text('{"schema": 1, "status": "failed"}')
+    assert build_view(tmp_path / "b").statements[0].text == "The run failed; it recorded nothing."
+
+
+def test_values_that_were_not_finite_are_not_said_to_fit(tmp_path):
+    profile = Profile.load(make_run(tmp_path / "a", steps=1, peak=float("nan")))
+    view = build_view(profile)
+    assert view.lead.startswith("Of the values that were finite: fp16 holds all ")
+    items = next(s for s in view.statements if s.text.startswith("Inputs, outputs")).items
+    assert sum("every finite value fits" in item for item in items) == 2 and "every tensor" not in str(items)
+
+
 def test_history_holds_the_largest_magnitude_of_each_step(made):
     profile, _, _ = made
     steps, sites = site_rows(profile)
@@ -384,7 +406,7 @@ def test_an_empty_run_reports(tmp_path):
     write_json(path / "run.json", {"schema": 1, "status": "failed", "model": "GPT"})
     view = build_view(path)
     assert "holds no statistics" in view.lead
-    assert "<table" not in render(view)
+    assert 'id="sites"' not in render(view)
 
 
 # text
@@ -499,12 +521,66 @@ def test_a_name_cannot_forge_rows_or_move_the_cursor(made):
     assert "\x1b" not in shown and len(shown.splitlines()) == 4
 
 
-def test_markdown_is_markdown(view):
-    said = text.markdown(view)
-    assert said.startswith("## GPT\n")
+def test_markdown_says_first_what_to_know_and_folds_the_rest(made, view):
+    said = markdown(view)
+    assert said.startswith("## GPT\n\n**9 of 12 modules run in fp16, 83.94% of the FLOPs; 3 stay in fp32.** Predicted,")
+    assert "| **83.94%**<br>9 of 12 modules | **1.60×**<br>250 ms per step, fp32 400 |" in said
+    assert "### Kept in high precision: 3 modules, 1 of them must be" in said
+    first, second = (line for line in said.splitlines() if line.startswith("| blocks") and line.count("|") == 5)
+    assert first == "| blocks.1.mlp.fc2 | fp32 | 16 | not fp16: its output reaches 1.0003e5, fp16 ends at 65504 |"
+    assert second.startswith("| blocks.{0-1}.ln | fp32 | ") and second.endswith("| no cast to its neighbours |")
     assert "| plan | plan | 2.002 | 2.002 (+0.10%) | 250.0 | 1.60x | 2 GB | 0 | 0 |" in said
     assert "<details><summary>Plan (predicted, not confirmed): fp16 83.94%, fp32 16.06%</summary>" in said
-    assert text._md("a_b|<c>") == "a\\_b\\|&lt;c&gt;"
+    shown, _, folded = said.partition("<details>")
+    assert "✅ Trained with the plan: 1.60 times" in shown and "Loss scales from 2^8 to 2^19" in folded
+    assert "compute in fp32, 1 of them" not in said  # the table says it
+    assert said.count("<details>") == said.count("</details>") == 3 and "\n\n\n" not in said
+    alone = markdown(build_view(made[0]))
+    assert "### Kept" not in alone and "### Training" not in alone and "Next: make a plan" in alone
+
+
+def test_markdown_leaves_no_markup_in_names():
+    assert _md("a_b|<c>") == "a\\_b\\|&lt;c&gt;"
+    assert _md("@me #12 https://x.y ~~z~~ & \x1b[2J") == ("&#64;me &#35;12 https&#58;//x.y \\~\\~z\\~\\~ &amp; ?\\[2J")
+
+
+def test_markdown_of_a_large_model_fits_a_comment(tmp_path):
+    modules = [(f"encoder_{chr(97 + i % 26)}{i}_projection", "Linear", 100, 1000) for i in range(600)]
+    why = Reason(code="overflow", text="not fp16: " + "its output reaches 1e5 and more " * 30)
+    plan = PrecisionPlan(default="fp16", modules={m[0]: LayerPrecision("fp32", reasons=[why]) for m in modules[:200]})
+    said = markdown(build_view(make_run(tmp_path / "a", modules=modules, steps=1, n=20), plan=plan))
+    assert len(said) < 65_000
+    assert "and 175 more modules: see the plan" in said and "more rows: see plan.json" in said
+    assert "Where this comes from" in said and said.count("<details>") == said.count("</details>")
+
+
+def test_markdown_is_written_whole_or_refused(view, tmp_path):
+    assert save_markdown(view, tmp_path / "deep" / "a.md").read_text(encoding="utf-8") == markdown(view)
+    with pytest.raises(RunDirectoryError, match="is a directory: name a file"):
+        save_markdown(view, tmp_path)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunDirectoryError, match="cannot write .*choose another place"):
+        save_markdown(view, tmp_path / "file" / "a.md")
+
+
+@pytest.mark.parametrize("width", [60, 72, 80, 120])
+def test_everything_printed_fits_the_width(made, view, width):
+    profile, plan, _ = made
+    shown = [
+        text.verdict_text(view, width=width).rpartition("\nnext")[0], text.compare_table(view.runs, width=width),
+        text.ask_table(profile.ask("fp16"), width=width), text.plan_table(plan, width=width),
+        text.plan_table(view.plan, width=width),
+    ]  # fmt: skip
+    for table in shown:
+        assert max(map(len, table.splitlines())) <= width, table
+
+
+def test_a_narrow_comparison_has_every_figure_in_two_tables(view):
+    lines = text.compare_table(view.runs, width=60).splitlines()
+    assert lines[0].split() == ["run", "train", "held-out", "change", "ms/step", "speed"]
+    assert lines[5].split() == ["run", "memory", "skip", "inf", "low"]
+    assert lines[3].split() == ["fp16", "2.004", "2.004", "+0.20%", "300.0", "1.33x"]
+    assert lines[8].split() == ["fp16", "2", "GB", "2", "0", "100%"]
 
 
 # html
@@ -600,42 +676,6 @@ def test_reports_are_written_whole_or_refused(made, tmp_path):
     assert report(made[0], out=tmp_path).name == "index.html"
     with pytest.raises(RunDirectoryError, match="no run directory"):
         report(tmp_path / "nothing", out=tmp_path / "b.html")
-
-
-# figures
-
-
-def test_figures_return_axes(made):
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from precscope.reporting import figures
-
-    profile, _, runs = made
-    ax = figures.range_map(profile, format="e4m3", scale_exponent=3)
-    assert [t.get_text() for t in ax.get_yticklabels()][:2] == ["(root)", "tok"]
-    assert len(figures.loss_curves(runs).lines) == 3
-    bars = figures.histogram(profile, "blocks.1.mlp.fc2.output")
-    site = next(s for s in site_rows(profile)[1] if s.name == "blocks.1.mlp.fc2.output")
-    heights = np.array([p.get_height() for p in bars.patches])
-    assert heights == pytest.approx(np.array(site.histogram) / sum(site.histogram))
-    with pytest.raises(UsageError, match=r"no recorded site 'heat.output' \(did you mean .*head.output"):
-        figures.histogram(profile, "heat.output")
-    with pytest.raises(UsageError, match="unknown role 'outputs'; roles are input, output"):
-        figures.range_map(profile, "outputs")
-    with pytest.raises(UsageError, match="holds no statistics of role 'state'"):
-        figures.range_map(profile, "state")
-    plt.close("all")
-
-
-def test_figures_name_the_extra_that_is_missing(made, monkeypatch):
-    from precscope.reporting import figures
-
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(UsageError, match=r"figures need matplotlib: pip install"):
-        figures.loss_curves(made[2])
 
 
 def test_reporting_needs_no_torch(made, tmp_path):

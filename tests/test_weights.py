@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import subprocess
 import sys
 
@@ -143,19 +142,3 @@ def test_triton_interpreted_equals_the_oracle():
         [sys.executable, "-c", INTERPRETED], env=environment, cwd=root, capture_output=True, text=True
     )
     assert done.returncode == 0 and "all equal" in done.stdout, done.stdout + done.stderr
-
-
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("kind", ["fp32", "fp64"])
-def test_the_triton_kernel_compiles_for_a_gpu_into_few_atomics(kind):
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-
-    from precscope.kernels import triton as ours
-
-    constants = {"kind": ["fp32", "bf16", "fp16", "fp64"].index(kind), **ours._CONSTANTS}
-    signature = {"weights": "*fp64", "y_pointer": f"*{kind}", "g_pointer": f"*{kind}", "n": "i64", "slot": "i32"}
-    signature |= dict.fromkeys(constants, "constexpr")
-    source = triton.compiler.ASTSource(fn=ours._weights_kernel, signature=signature, constexprs=constants)
-    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=ours._OPTIONS)
-    assert 1 <= len(re.findall(r"atom\.global\S*add\.f64", binary.asm["ptx"])) <= 4

@@ -21,6 +21,7 @@ from ..profiles import Profile
 from ..sites import Role, Site
 
 _DERIVED = 1
+_HISTORY = ("step", "count", "zeros", "amax", "sum", "sumsq", "loss_scale")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Evidence:
         self.profile = profile
         self.index = {site: i for i, site in enumerate(profile.sites)}
         self.span = profile.steps[-1] + 1 if profile.steps else 0
+        self._by_role: dict[Role, tuple[Any, dict[Site, slice]]] = {}
 
     def row(self, site: Site, role: Role, tensor: str | None = None) -> int | None:
         """The row of another role (and tensor) of the same module, None where there is none."""
@@ -76,17 +78,33 @@ class Evidence:
             s.role is Role.STATE and s.call == _DERIVED for s in self.profile.sites
         )
 
-    @cached_property
-    def _by_site(self) -> dict[Site, Any]:
-        history = self.profile.history()
-        kept = history[history.role.isin(["state", "update", "weight", "grad_weight"])]
-        groups = kept.groupby(["module", "role", "call", "tensor"], observed=True, sort=False)
-        return {Site(m, Role(r), int(c), t): rows for (m, r, c, t), rows in groups}
-
     def history(self, site: Site) -> Any:
-        """The rows of one site over steps (empty where there are none), a DataFrame."""
-        rows = self._by_site.get(site)
-        return self.profile.history().iloc[:0] if rows is None else rows
+        """The rows of one site over steps (empty where there are none), a DataFrame with the columns _HISTORY."""
+        if site.role not in self._by_role:
+            self._by_role[site.role] = self._read(site.role)
+        rows, where = self._by_role[site.role]
+        return rows.iloc[where.get(site, slice(0, 0))]
+
+    def _read(self, role: Role) -> tuple[Any, dict[Site, slice]]:
+        """(the rows of one role, site after site; where each site's are). Roles are read when they are asked for: in a
+        long run of a large model each has millions of rows."""
+        keys = ["module", "call", "tensor"]
+        rows = self.profile.history((*keys, *_HISTORY), roles=[role.value])
+        number = rows.groupby(keys, observed=True, sort=False).ngroup().to_numpy()
+        order = np.argsort(number, kind="stable")
+        starts = np.flatnonzero(np.diff(number[order], prepend=-1))
+        ends = [*starts[1:].tolist(), len(order)][: len(starts)]
+        first = rows.iloc[order[starts]]
+        names = zip(first.module, first.call, first.tensor, strict=True)
+        where = {
+            Site(m, role, int(c), t): slice(a, b) for (m, c, t), a, b in zip(names, starts.tolist(), ends, strict=True)
+        }
+        return rows[list(_HISTORY)].iloc[order], where
+
+    def _times(self, index: int) -> int:
+        """In how many steps a site was recorded."""
+        times = self.profile.times
+        return len(self.history(self.profile.sites[index])) if times is None else int(times[index])
 
     def swallowed_energy(self, site: Site, fmt: FloatFormat) -> float:
         """Share of the sum of squares of all recorded updates of a trained tensor that storage in `fmt` swallows."""
@@ -94,8 +112,8 @@ class Evidence:
         if lost is None:
             return 0.0
         table, update = self.profile.table, self.index[site]
-        elements = table.count[update] / len(self.history(site))
-        sampled = table.count[lost] / len(self.history(self.profile.sites[lost]))
+        elements = table.count[update] / self._times(update)
+        sampled = table.count[lost] / self._times(lost)
         energy = table.sumsq[update]
         return float(min(table.sumsq[lost] * (elements / sampled) / energy, 1.0)) if energy > 0 else 0.0
 
@@ -146,12 +164,13 @@ class Evidence:
 
     def additions(self, site: Site) -> int:
         """How many backward passes add to the gradient of a parameter in one step (the most of all steps)."""
-        gradients = self.history(site._replace(role=Role.GRAD_WEIGHT))
-        weights = self.history(site._replace(role=Role.WEIGHT))
-        if not len(gradients) or not len(weights):
+        gradient, weight = (self.index.get(site._replace(role=r)) for r in (Role.GRAD_WEIGHT, Role.WEIGHT))
+        if gradient is None or weight is None:
             return 0
-        elements = int(weights["count"].iloc[-1])
-        return round(float(gradients["count"].max()) / elements) if elements else 0
+        most = self.profile.most
+        summed = self.history(self.profile.sites[gradient])["count"].max() if most is None else most[gradient]
+        elements = int(self.profile.table.count[weight]) // self._times(weight)
+        return round(float(summed) / elements) if elements else 0
 
     def growth(self, site: Site, additions: int) -> float:
         """The size of the summed gradient over that of one contribution: `additions` where all point one way, its root

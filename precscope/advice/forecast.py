@@ -158,20 +158,13 @@ def _histories(
     for role in wanted:
         if role not in known:
             raise UsageError(f"unknown role {role!r}; roles are {', '.join(known)}")
-    history = profile.history()
-    rows = history[history.role.isin(wanted)]
-    if among is not None:
-        modules = {s.module for s in among}
-        rows = rows[rows.module.isin(modules)]
-    rows = rows.assign(bad=rows.pos_inf + rows.nan)  # -inf is what masks write
-    keys = ["module", "role", "call"]
-    series = rows.groupby([*keys, "step"], observed=True, sort=False)[["amax", "bad"]].max().reset_index()
-    series = series.sort_values("step", kind="stable")
-    steps, amax, bad = series.step.to_numpy(float), series.amax.to_numpy(float), series.bad.to_numpy() > 0
-    for (module, role, call), index in series.groupby(keys, observed=True, sort=False).indices.items():
-        site = Site(module, Role(role), int(call))
-        if among is None or site in among:
-            yield site, steps[index], amax[index], not bad[index].any()
+    peaks = profile.peaks
+    at = peaks.steps.astype(float)
+    for i, site in enumerate(peaks.sites):
+        if site.role.value in wanted and (among is None or site in among):
+            seen = ~np.isnan(peaks.amax[i])
+            if seen.any():
+                yield site, at[seen], peaks.amax[i, seen], not (peaks.broken[i, seen] > 1).any()
 
 
 def _horizon(horizon: int | None, steps: NDArray[np.float64]) -> int:

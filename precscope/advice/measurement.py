@@ -4,6 +4,7 @@ from a real batch, forward and backward, in each format; a module with children 
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -43,7 +44,7 @@ def measure(
     """
     with eager():
         calls = _capture(model, run)
-        inclusive = _time_all(calls, [f for f in formats if f in ("fp32", "bf16", "fp16")], progress, note)
+        inclusive = _time_all(calls, _timed(formats, calls), progress, note)
         cast = _cast_cost(next(iter(calls.values())).device) if calls else 1e-6
     rows = [
         {
@@ -57,6 +58,14 @@ def measure(
         for fmt, time_ms in inclusive.get(name, {}).items()
     ]
     return pd.DataFrame(rows, columns=["module", "format", "time_ms", "how", "cast_ms_per_element"])
+
+
+def _timed(formats: Sequence[str], calls: dict[str, _Call]) -> list[str]:
+    """Those of `formats` that run here as they would in training: e4m3 where the device multiplies it."""
+    from ..applying.scaled import missing_on
+
+    native = bool(calls) and not missing_on(next(iter(calls.values())).device)
+    return [f for f in formats if f in ("fp32", "bf16", "fp16") or (f == "e4m3" and native)]
 
 
 def _time_all(
@@ -160,7 +169,7 @@ class _Call:
 
     def _once(self, fmt: str) -> float:
         """Seconds of one forward and backward. The module gets copies of its arguments: it may work in place."""
-        low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(fmt)
+        low = {"bf16": torch.bfloat16, "fp16": torch.float16, "e4m3": torch.bfloat16}.get(fmt)
         device = self.device
 
         def leaf(x: torch.Tensor) -> torch.Tensor:
@@ -173,16 +182,25 @@ class _Call:
         with torch.enable_grad():  # autograd refuses in-place work on a leaf, not on its copy
             args, kwargs = _map_tensors(lambda x: x.clone() if x.requires_grad else x, (args, kwargs))
         parameters = [p for p in self.module.parameters() if p.requires_grad]
-        _synchronize(device)
-        start = time.perf_counter()
-        with torch.enable_grad(), torch.autocast(device.type, low or torch.bfloat16, enabled=low is not None):
-            output = self.module(*args, **kwargs)
-        outputs = [y for _, y in named_tensors(output) if y.requires_grad]
-        if outputs:
-            ones = [torch.ones_like(y) for y in outputs]
-            torch.autograd.grad(outputs, [*leaves, *parameters], ones, allow_unused=True)
-        _synchronize(device)
-        return time.perf_counter() - start
+        autocast = torch.autocast(device.type, low or torch.bfloat16, enabled=low is not None)
+        with self._in_8_bits() if fmt == "e4m3" else contextlib.nullcontext():
+            _synchronize(device)
+            start = time.perf_counter()
+            with torch.enable_grad(), autocast:
+                output = self.module(*args, **kwargs)
+            outputs = [y for _, y in named_tensors(output) if y.requires_grad]
+            if outputs:
+                ones = [torch.ones_like(y) for y in outputs]
+                torch.autograd.grad(outputs, [*leaves, *parameters], ones, allow_unused=True)
+            _synchronize(device)
+            return time.perf_counter() - start
+
+    def _in_8_bits(self) -> contextlib.AbstractContextManager[Any]:
+        """The module under a plan of e4m3."""
+        from ..applying import apply
+        from ..plans import PrecisionPlan
+
+        return apply(PrecisionPlan.uniform("e4m3"), self.module)
 
 
 def _capture(model: nn.Module, run: Callable[[], Any]) -> dict[str, _Call]:

@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from ..preservation import warn_of_lowered_backward
+from .attention import LowAttention
 from .devices import device_type, tf32_switches
 from .fp8 import fake_quantise, quantise_gradient
 from .inputs import cast_input, cast_up, fit, map_tensors, round_input
+from .scaled import product
 from .spec import MARK, Spec
 from .swaps import Swap, swap_back, swap_in
 
@@ -60,12 +62,12 @@ def _planned_forward(self, *args, **kwargs):
         if spec.kind == "autocast" and spec.fp8 is None:
             return _own_forward(self, spec, args, kwargs)
         return _run(self, spec, args, kwargs)
-    around_kind = now.kind
-    now.region, now.kind = spec.region, spec.kind
+    around_kind, around_attention = now.kind, now.attention
+    now.region, now.kind, now.attention = spec.region, spec.kind, spec.attention
     try:
         output = _run_region(self, spec, args, kwargs)
     finally:
-        now.region, now.kind = around, around_kind
+        now.region, now.kind, now.attention = around, around_kind, around_attention
     if around_kind == "fp32" and spec.kind != "fp32":
         return map_tensors(output, cast_up)  # the code of an fp32 module is not under autocast: it cannot mix dtypes
     return output
@@ -77,6 +79,13 @@ def _run_region(self, spec, args, kwargs):
     if spec.tf32 is not None and device == "cuda" and not torch.compiler.is_compiling():
         with tf32_switches(spec.tf32), torch.autocast(device, enabled=False):
             return _run(self, spec, args, kwargs)
+    if spec.attention and device == "cpu":
+        with LowAttention(spec.now):
+            return _run_on(device, self, spec, args, kwargs)
+    return _run_on(device, self, spec, args, kwargs)
+
+
+def _run_on(device, self, spec, args, kwargs):
     enabled = torch.is_autocast_enabled(device)
     if spec.kind == "autocast":
         if enabled and torch.get_autocast_dtype(device) == spec.dtype:
@@ -99,9 +108,11 @@ def _own_forward(module: nn.Module, spec: Spec, args: tuple, kwargs: dict) -> An
 
 def _run(module: nn.Module, spec: Spec, args: tuple, kwargs: dict) -> Any:
     """The module's forward on cast inputs, with cast tensors where storage and compute differ."""
+    cast = partial(cast_input, kind=spec.kind, dtype=spec.dtype)
     if kwargs or not fit(args, spec.dtype):
-        cast = partial(cast_input, kind=spec.kind, dtype=spec.dtype)
         args, kwargs = map_tensors(args, cast), map_tensors(kwargs, cast)
+    if spec.lookup:
+        return map_tensors(_own_forward(module, spec, args, kwargs), cast)
     if not spec.swap and spec.fp8 is None:
         return _own_forward(module, spec, args, kwargs)
     swapped: list[Swap] = []
@@ -109,6 +120,8 @@ def _run(module: nn.Module, spec: Spec, args: tuple, kwargs: dict) -> Any:
         swap_in(spec, swapped)
         if spec.fp8 is None:
             return _own_forward(module, spec, args, kwargs)
+        if spec.native and (output := product(module, args, kwargs, spec.native)) is not None:
+            return output
         parameters: dict[str, Any] = module._parameters
         weight = parameters["weight"]
         rounded = fake_quantise(weight, spec.fp8)

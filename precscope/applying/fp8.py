@@ -1,10 +1,11 @@
-"""Emulated 8-bit matrix products: operands and the gradient of the output take 8-bit values, the rest is bf16.
+"""8-bit matrix products: the scale that operands take, and the emulation where no instruction multiplies them.
 
-Every tensor gets one power-of-two scale from its own amax, such that amax falls one binade below the largest of the
-format (head-room). Multiplying by a power of two is exact, so what is lost is what the format loses. Gradients pass the
-rounding of operands unchanged (straight-through); the gradient of the output is rounded to e5m2 (Micikevicius et al.
-2022, arXiv:2209.05433: e4m3 for weights and activations, e5m2 for gradients). No host sync of its own. torch.compile
-takes each rounding as one opaque operation.
+Operands and the gradient of the output take 8-bit values, the rest is bf16. Every tensor gets one power-of-two scale
+from its own amax, such that amax falls one binade below the largest of the format (head-room). Multiplying by a power
+of two is exact, so what is lost is what the format loses. Gradients pass the rounding of operands unchanged
+(straight-through); the gradient of the output is rounded to e5m2 (Micikevicius et al. 2022, arXiv:2209.05433: e4m3 for
+weights and activations, e5m2 for gradients). No host sync of its own. torch.compile takes each emulated rounding as one
+opaque operation. `scaled` has the products that devices with 8-bit instructions compute under the same scales.
 """
 
 from __future__ import annotations
@@ -30,14 +31,20 @@ def round_scaled(x: Tensor, fmt: str) -> Tensor:
         return torch.empty_like(x)
     wide = x.detach().float()
     magnitude = wide.abs()
-    amax = torch.where(magnitude.isfinite(), magnitude, 0.0).amax()
+    k = scale_exponent(torch.where(magnitude.isfinite(), magnitude, 0.0).amax(), fmt)
+    return (quantize(wide * power_of_two(k), fmt) * power_of_two(-k)).to(x.dtype)
+
+
+def scale_exponent(amax: Tensor, fmt: str) -> Tensor:
+    """k such that amax * 2^k lies in the binade below the top one of `fmt`, within -126 <= k <= 126: int32 scalar.
+
+    amax: largest finite magnitude, float32 scalar, 0 where there is none."""
     # floor(log2(amax)) from the exponent bits; the smallest normal binade stands for subnormals and zero
     binade = (amax.view(torch.int32) >> 23).clamp(min=1) - 127
-    k = (get_format(fmt).emax - HEADROOM - binade).clamp(-126, 126)
-    return (quantize(wide * _power_of_two(k), fmt) * _power_of_two(-k)).to(x.dtype)
+    return (get_format(fmt).emax - HEADROOM - binade).clamp(-126, 126)
 
 
-def _power_of_two(k: Tensor) -> Tensor:
+def power_of_two(k: Tensor) -> Tensor:
     """2^k as float32 from its bit pattern, for integer -126 <= k <= 126."""
     return ((k + 127) << 23).to(torch.int32).view(torch.float32)
 

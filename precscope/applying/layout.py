@@ -11,7 +11,9 @@ from torch import nn
 
 from ..errors import PlanError
 from ..plans import LayerPrecision, PrecisionPlan
+from . import scaled
 from .dtypes import BATCHNORM, dtype_of, is_matmul, kind_of, needs_swap
+from .lookups import is_lookup
 from .spec import MARK, Now, Spec
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -20,7 +22,8 @@ _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 @dataclasses.dataclass(frozen=True)
 class RegionRun:
-    """How a region runs. module: its outermost name. modules: how many it has. how: "native" or "emulated"."""
+    """How a region runs. module: its outermost name. modules: how many it has. how: "native" or
+    "emulated", or "partly native" where some products are; note: what exactly, and why."""
 
     module: str
     precision: LayerPrecision
@@ -38,7 +41,8 @@ class Layout:
 
     names: module -> its names, parents before children. planned: modules that get a planned forward: those that have
     a forward of their own. precision: module -> LayerPrecision; key: what of it makes modules run alike. region: module
-    -> number of its region.
+    -> number of its region. emulated: modules whose 8-bit products are -> why. lookups: embeddings that give low rows
+    of tables that stay fp32.
     """
 
     def __init__(self, plan: PrecisionPlan, root: nn.Module) -> None:
@@ -53,7 +57,9 @@ class Layout:
         sources = plan.sources(every)
         self.precision = {m: self._agreed(names, sources) for m, names in self.names.items()}
         self.key = {m: layer.precision for m, layer in self.precision.items()}
+        self.lookups = {m for m in self.names if self._is_lookup(m)}
         self.has_tf32 = any(layer.compute == "tf32" for layer in self.precision.values())
+        self.emulated: dict[nn.Module, str] = {}
         self.region: dict[nn.Module, int] = {}
         self._numbers = itertools.count()
         for module in self.names:
@@ -102,19 +108,38 @@ class Layout:
     def spec(self, module: nn.Module, now: Now) -> Spec:
         layer = self.precision[module]
         kind, dtype = kind_of(layer), dtype_of(layer)
+        fp8 = layer.compute if layer.compute in ("e4m3", "e5m2") and is_matmul(module) else None
+        native = ""
+        if fp8 is not None:
+            if why := scaled.missing_for(module, fp8):
+                self.emulated[module] = why
+            else:
+                native = module._parameters["weight"].device.type
         return Spec(
             kind=kind,
             dtype=dtype,
-            fp8=layer.compute if layer.compute in ("e4m3", "e5m2") and is_matmul(module) else None,
+            fp8=fp8,
+            native=native,
             tf32=layer.compute == "tf32" if self.has_tf32 and kind == "fp32" else None,
             region=self.region[module],
             now=now,
             target=dtype if kind == "cast" else torch.float32,
+            lookup=module in self.lookups,
+            attention=kind == "cast" and layer.params == "fp32" and dtype is torch.bfloat16,
         )
+
+    def _is_lookup(self, module: nn.Module) -> bool:
+        """Whether the rows that it looks up are cast, and its fp32 table is not."""
+        layer = self.precision[module]
+        if kind_of(layer) != "cast" or layer.params != "fp32" or not isinstance(module, nn.Embedding):
+            return False
+        own = self.names[module]
+        above = {name[:i] for name in own for i, letter in enumerate(name) if letter == "."} | {""}
+        return is_lookup(module, [m for m, names in self.names.items() if m is not module and above & set(names)])
 
     def find_unlike(self) -> None:
         """Once storage is as planned: which modules hold tensors that are not stored as their forward needs them."""
-        self.unlike = {m for m, layer in self.precision.items() if needs_swap(m, layer)}
+        self.unlike = {m for m, p in self.precision.items() if needs_swap(m, p) and m not in self.lookups}
 
     def swap(self, module: nn.Module) -> tuple[nn.Module, ...]:
         """The unlike modules of its precision in and under `module`."""
@@ -133,11 +158,28 @@ class Layout:
         layer = self.precision[modules[0]]
         how, note = "native", ""
         if layer.compute in ("e4m3", "e5m2"):
-            rounded = sum(map(is_matmul, modules))
-            how = "emulated"
-            note = f"operands of {rounded} linear or convolution modules rounded to {layer.compute}, the rest in bf16"
+            how, note = self._products(layer.compute, [m for m in modules if is_matmul(m)])
         elif layer.compute == "tf32":
             note = "on CUDA, forward only: the backward has the process-wide switch; fp32 elsewhere"
         elif kind_of(layer) == "cast" and any(isinstance(m, BATCHNORM) and not needs_swap(m, layer) for m in modules):
             note = "batch norms keep fp32 statistics" if layer.params == "fp32" else ""
         return RegionRun(self.names[modules[0]][0], layer, len(modules), how, note)
+
+    def _products(self, compute: str, modules: list[nn.Module]) -> tuple[str, str]:
+        """How these modules multiply in 8 bits, and why not natively."""
+        why: dict[str, list[str]] = defaultdict(list)
+        for module in modules:
+            if module in self.emulated:
+                why[self.emulated[module]].append(self.names[module][0] or "the model itself")
+        absent = sum(map(len, why.values()))
+        parts = [f"{len(modules) - absent} linear modules multiply {compute} natively (torch._scaled_mm)"]
+        if absent or not modules:
+            rounded = f"operands of {absent} linear or convolution modules rounded to {compute}, the rest in bf16"
+            reasons = "; ".join(w if len(why) == 1 else f"{_some(names)}: {w}" for w, names in why.items())
+            parts = [*(parts if absent < len(modules) else []), rounded + (f": {reasons}" if reasons else "")]
+        how = "emulated" if absent == len(modules) else "partly native" if absent else "native"
+        return how, "; ".join(parts)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

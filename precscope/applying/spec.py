@@ -17,11 +17,12 @@ MARK = "_precscope_plan"
 
 
 class Now:
-    """Which region is running, and of which kind ("" outside the model); one per applied plan."""
+    """Which region is running, of which kind ("" outside the model), and its `attention`; one per applied plan."""
 
     def __init__(self) -> None:
         self.region = -1
         self.kind = ""
+        self.attention = False
 
 
 @dataclasses.dataclass(eq=False)
@@ -29,19 +30,23 @@ class Spec:
     """What the planned forward of one module does.
 
     kind: "fp32", "autocast" or "cast". dtype: that of the compute. fp8: format of the operands of this matmul module,
-    else None. tf32: how the CUDA switch must stand, None where it is left alone. region: a number. target: the dtype
-    in which the forward sees the tensors of the modules in `swap`, which are stored in another. previous: the
-    instance's own forward before, if it had one. stored: (table, name) -> the tensor before its storage was converted.
+    else None. native: device type whose own 8-bit products it takes, "" where they are emulated. tf32: how the CUDA
+    switch must stand, None where it is left alone. region: a number. target: the dtype in which the forward sees the
+    tensors of the modules in `swap`, which are stored in another. previous: the instance's own forward before, if it
+    had one. stored: (table, name) -> the tensor before its storage was converted.
     """
 
     kind: str
     dtype: torch.dtype
     fp8: str | None
+    native: str
     tf32: bool | None
     region: int
     now: Now
     target: torch.dtype
     swap: tuple[nn.Module, ...] = ()
+    lookup: bool = False
+    attention: bool = False
     previous: Callable[..., Any] | None = None
     stored: dict[tuple[str, str], Tensor | torch.dtype] = dataclasses.field(default_factory=dict)
 

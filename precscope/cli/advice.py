@@ -37,6 +37,10 @@ def recommend(
         str | None,
         typer.Option(help="allow low storage, with updates written by master, kahan, stochastic or nearest; auto"),
     ] = None,
+    beyond_autocast: Annotated[
+        bool,
+        typer.Option(help="try in bf16 what autocast keeps in fp32 (norms, softmax), where that is faster"),
+    ] = True,
     trial_steps: Annotated[int, typer.Option(help="training steps of the trial, fp32 beside the plan")] = 32,
     horizon: Annotated[int | None, typer.Option(help="steps ahead that growing ranges must get through")] = None,
     out: Annotated[Path, typer.Option(help="plan file to write")] = Path("plan.json"),
@@ -50,15 +54,18 @@ def recommend(
     """
     from ..advice import Limits
     from ..confirmation import recommend as run_it
+    from ..plans.table import text_of
+    from ..reporting.text import line_width
 
     loaded = load(run, skip_damaged=skip_damaged)
     with progress() as shown:
         plan = run_it(
             loaded, formats=formats.split(","), policy=policy, task=task, costs=costs, loss_scaling=loss_scaling,
             trial_steps=trial_steps, updates=updates, limits=Limits(horizon=horizon), note=shown.note,
+            beyond_autocast=beyond_autocast,
         )  # fmt: skip
     plan.save(out)
-    print(plan)
+    print(text_of(plan, width=line_width(None)))
     print()
     say(plan.made_from["says"])
     name = task or loaded.run.get("task_ref") or "TASK"

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..bench import BENCHMARKS
 from .printing import SeedOption, next_command, progress, say, wrote
 
 
@@ -46,16 +47,21 @@ bench_app = typer.Typer(rich_markup_mode=None)
 
 @bench_app.callback(invoke_without_command=True)
 def bench(context: typer.Context) -> None:
-    """Measure precscope on this machine: list the benchmarks, or run one.
+    """Measure precscope on this machine: list the benchmarks, run one with its own arguments, or run all.
 
-    Example: precscope bench zoo --format bf16
+    Example: precscope bench quantize --rounds 3
     """
     if context.invoked_subcommand is None:
-        from ..bench import BENCHMARKS
-
-        for name, what in BENCHMARKS.items():
-            say(f"{name}: {what}")
-        next_command(f"precscope bench {next(iter(BENCHMARKS))}")
+        for name, benchmark in BENCHMARKS.items():
+            needs = [*benchmark.needs, *(["a CUDA device"] if benchmark.cuda else [])]
+            uses = [f"more with {', '.join(benchmark.uses)}"] if benchmark.uses else []
+            remarks = "; ".join([f"needs {', '.join(needs)}"] * bool(needs) + uses)
+            say(f"{name}: {benchmark.what}" + (f" ({remarks})" if remarks else ""))
+        say(
+            "All but zoo are files of the repository and run in a checkout of it; --quick makes any of them short; "
+            "precscope bench all --out DIR runs them all."
+        )
+        next_command("precscope bench zoo")
 
 
 @bench_app.command()
@@ -79,3 +85,44 @@ def zoo(
         wrote(result.save(json))
     if not result.summary.good:
         raise typer.Exit(1)
+
+
+@bench_app.command(name="all")
+def everything(
+    out: Annotated[Path, typer.Option(help="folder for NAME.json, NAME.txt and the index, bench.json")],
+    quick: Annotated[
+        bool, typer.Option("--quick", help="the short setting of each: does it run, not how fast")
+    ] = False,
+    only: Annotated[list[str] | None, typer.Option(help="only this benchmark (may be repeated)")] = None,
+) -> None:
+    """Run all benchmarks in turn, in a checkout of the repository; one that fails does not stop the rest.
+
+    Example: precscope bench all --out bench --quick
+    """
+    from ..bench.running import run_all, table
+
+    with progress() as shown:
+        done = run_all(out, quick=quick, only=only or (), note=shown.note)
+    print(table(done))
+    wrote(out / "bench.json")
+    if any(ran.status == "failed" for ran in done):
+        raise typer.Exit(1)
+
+
+def _script(name: str, what: str) -> None:
+    """`precscope bench NAME [ARGS...]`: the script answers --help itself."""
+
+    def run(context: typer.Context) -> None:
+        from ..bench.running import run_one
+
+        if status := run_one(name, context.args):
+            raise typer.Exit(status)
+
+    run.__doc__ = f"{what[0].upper()}{what[1:]}."
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+    bench_app.command(name=name, context_settings=settings)(run)
+
+
+for _name, _benchmark in BENCHMARKS.items():
+    if _benchmark.script:
+        _script(_name, _benchmark.what)

@@ -21,6 +21,10 @@ SeedOption = Annotated[int, typer.Option(help="seed of parameters, data order an
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace a run that is already there")]
 SkipOption = Annotated[bool, typer.Option("--skip-damaged", help="leave out parts that cannot be read")]
 RowsOption = Annotated[int, typer.Option(help="rows to print; 0 for all")]
+LiveOption = Annotated[bool, typer.Option("--live", help="show loss, scale, nearest sites and time left as it goes on")]
+TensorboardOption = Annotated[
+    Path | None, typer.Option(help="also write a TensorBoard file: scalars, and histograms of recorded steps")
+]
 CsvOption = Annotated[Path | None, typer.Option(help="also write all rows to this CSV file")]
 
 

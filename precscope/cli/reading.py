@@ -24,6 +24,8 @@ from .printing import (
 if TYPE_CHECKING:
     import pandas as pd
 
+    from ..profiles import Profile
+
 
 def ask(
     run: RunArgument,
@@ -107,9 +109,9 @@ def compare(
     if json is not None:
         wrote(result.save(json))
     if figure is not None:
-        from ..reporting.curves import save_figure
+        from ..plotting import comparison, save
 
-        wrote(save_figure(result, figure))
+        wrote(save(comparison(result), figure))
     listed = " ".join(f"--run {r}" for r in runs)
     recorded = next((r for r in runs if any(r.glob("stats-*.parquet"))), "RECORDED_RUN")
     next_command(f"precscope report {recorded} {listed} --out reports/comparison.html")
@@ -119,10 +121,15 @@ def report(
     run: RunArgument,
     plan: Annotated[Path | None, typer.Option(help="plan.json to explain")] = None,
     runs: Annotated[list[Path] | None, typer.Option("--run", help="training run to compare (may be repeated)")] = None,
-    out: Annotated[Path, typer.Option(help="HTML file to write")] = Path("reports/report.html"),
+    out: Annotated[Path | None, typer.Option(help="file to write; default: reports/report.html")] = None,
     title: Annotated[str | None, typer.Option(help="heading of the report")] = None,
     text: Annotated[bool, typer.Option("--text", help="print it as text instead")] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="print it as Markdown instead")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="as Markdown for a pull request instead: printed, or written to --out")
+    ] = False,
+    figures: Annotated[
+        Path | None, typer.Option(help="also write every figure as PNG and SVG into this directory")
+    ] = None,
     skip_damaged: SkipOption = False,
 ) -> None:
     """Write a self-contained HTML report of a recorded run.
@@ -130,14 +137,32 @@ def report(
     Example: precscope report runs/a --plan plan.json --out reports/a.html
     """
     from ..reporting import report as write
-    from ..reporting.text import markdown as as_markdown
+    from ..reporting.markdown import markdown as as_markdown
+    from ..reporting.markdown import save_markdown
     from ..reporting.text import verdict_text
     from ..reporting.view import build_view
 
+    if text and (markdown or out is not None):
+        raise UsageError(f"--text prints: leave out {'--markdown' if markdown else '--out'}")
     loaded = load(run, skip_damaged=skip_damaged)
+    if figures is not None:
+        _figures(loaded, figures, plan, runs)
     if text or markdown:
         view = build_view(loaded, plan=plan, runs=runs or (), title=title)
-        print(as_markdown(view) if markdown else verdict_text(view))
+        if markdown and out is not None:
+            wrote(save_markdown(view, out))
+        else:
+            print(as_markdown(view) if markdown else verdict_text(view))
         return
-    written = write(loaded, plan=plan, runs=runs or (), out=out, title=title)
+    written = write(loaded, plan=plan, runs=runs or (), out=out or Path("reports/report.html"), title=title)
     wrote(written, next=f"open {written}")
+
+
+def _figures(profile: Profile, to: Path, plan: Path | None, runs: list[Path] | None) -> None:
+    """Draw what there is something for; what goes with the report itself stays on standard output."""
+    from ..plotting import save_all
+
+    with progress() as shown:
+        shown.note("drawing the figures")
+        written = save_all(profile, to, plan=plan, runs=runs or (), note=shown.note)
+        shown.note(f"wrote {len(written)} figures into {to}")

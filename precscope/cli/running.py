@@ -8,7 +8,17 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UsageError
-from .printing import OverwriteOption, SeedOption, TaskArgument, exist, next_command, progress, say, wrote
+from .printing import (
+    LiveOption,
+    OverwriteOption,
+    SeedOption,
+    TaskArgument,
+    TensorboardOption,
+    exist,
+    next_command,
+    say,
+    wrote,
+)
 
 
 def profile(
@@ -28,23 +38,27 @@ def profile(
     lr: Annotated[float | None, typer.Option(help="peak learning rate; default: the trainer's")] = None,
     seed: SeedOption = 0,
     costs: Annotated[bool, typer.Option(help="also measure what each module costs in each format")] = True,
+    live: LiveOption = False,
+    tensorboard: TensorboardOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Train a task for some steps and record the ranges of all its tensors.
 
     Example: precscope profile gpt --steps 50 --precision bf16 --out runs/a
     """
+    from ..live import watching
     from ..profiling import profile as run
 
     settings: dict[str, Any] = {"accumulate": accumulate, "lr": lr}
     settings = {name: value for name, value in settings.items() if value is not None}
     if infer and settings:
         raise UsageError(f"--{next(iter(settings))} is for training: leave it out, or leave out --infer")
-    with progress() as shown:
+    name, watched = f"profile {task}", not infer or live or tensorboard is not None
+    with watching(name, out=out, live=live, tensorboard=tensorboard, precision=precision) as shown:
         result = run(
             task, out=out, steps=steps, precision=precision, every=every, train=not infer, seed=seed, costs=costs,
             shadow_every=_shadow_every(shadow_every), ops=ops, exist=exist(overwrite),
-            progress=None if infer else shown.run(f"profile {task}"), note=shown.note, **settings,
+            progress=shown.callback if watched else None, note=shown.note, **settings,
         )  # fmt: skip
     print(result)
     wrote(out, next=f"precscope ask {out} fp16, or precscope recommend {out}" + (f" --task {task}" if infer else ""))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UsageError
-from .printing import OverwriteOption, SeedOption, TaskArgument, exist, progress, wrote
+from .printing import LiveOption, OverwriteOption, SeedOption, TaskArgument, TensorboardOption, exist, progress, wrote
 
 if TYPE_CHECKING:
     from ..plans import PrecisionPlan
@@ -47,6 +47,9 @@ def train(
     shadow_every: Annotated[
         int | None, typer.Option(help="run every N-th step in fp32 too and record both: what precision does to it")
     ] = None,
+    record_every: Annotated[int | None, typer.Option(help="record the ranges of every N-th step into --out")] = None,
+    live: LiveOption = False,
+    tensorboard: TensorboardOption = None,
     processes: Annotated[
         int | None, typer.Option(help="train with so many processes on this machine; several machines: torchrun")
     ] = None,
@@ -66,25 +69,36 @@ def train(
 
     Example: precscope train gpt --plan plan.json --steps 200 --out runs/plan --guard promote --checkpoint-every 50
     """
+    from ..live import watching
     from ..training import train as run
     from ..training.launching import is_not_first, started_by_launch
+    from ..training.recorders import recording_every
 
-    if verify and plan is None and phase is None and precision in (None, "fp32", "float32"):
+    low = plan is not None or phase is not None or precision not in (None, "fp32", "float32")
+    if verify and not low:
         raise UsageError(
             "--verify compares with fp32, and this run is in fp32: give --plan or --precision, or leave it out"
         )
     if processes is not None:
         _on_processes(processes, out, verify=verify)
-        _say_next(task, out, steps)
+        _say_next(task, out, steps, low=low)
         return
-    with progress() as shown:
+    recorder = None
+    if record_every is not None:
+        recorder = recording_every(record_every, out, shadow_every=shadow_every, resume=resume)
+        shadow_every = None  # the recorder's
+    planned = _planned(plan, precision, phase)
+    with watching(
+        f"train {task}", out=out, live=live, tensorboard=None if is_not_first() else tensorboard, precision=precision,
+        plan=planned,
+    ) as shown:  # fmt: skip
         run(
-            task, out=out, plan=_planned(plan, precision, phase), precision=precision, steps=steps, lr=lr,
+            task, out=out, plan=planned, precision=precision, steps=steps, lr=lr,
             schedule=schedule, accumulate=accumulate, grad_clip=grad_clip or None, params=params, updates=updates,
             state=state, guard=guard, eval_every=eval_every, checkpoint_every=checkpoint_every, keep=keep,
             keep_best=keep_best, save_model=save_model, shadow_every=shadow_every, strategy=strategy, compile=compile,
             resume=resume, seed=seed, exist="append" if resume else exist(overwrite),
-            progress=shown.run(f"train {task}"),
+            recorder=recorder, progress=shown.callback,
         )  # fmt: skip
     from ..comparison import compare as table
 
@@ -95,7 +109,7 @@ def train(
         _verify(out, verify_out, margin)
         return
     if not started_by_launch():
-        _say_next(task, out, steps)
+        _say_next(task, out, steps, low=low)
 
 
 def _on_processes(processes: int, out: Path, *, verify: bool) -> None:
@@ -123,9 +137,10 @@ def _planned(plan: Path | None, precision: str | None, phase: list[str] | None) 
     return phases.parse(phase, plan=PrecisionPlan.load(plan) if plan is not None else None)
 
 
-def _say_next(task: str, out: Path, steps: int) -> None:
+def _say_next(task: str, out: Path, steps: int, *, low: bool) -> None:
+    """low: whether the run was in anything but fp32, and has a twin to be compared with."""
     base = Path("runs/fp32")
-    if out == base:
+    if not low or out == base:
         wrote(out, next=f"precscope train {task} --plan plan.json --steps {steps} --out runs/plan")
     else:
         twin = f"precscope train {task} --precision fp32 --steps {steps} --out runs/fp32"

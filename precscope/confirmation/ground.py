@@ -112,8 +112,7 @@ def _loss_span(profile: Profile) -> float:
 
 def _usual_gradients(profile: Profile) -> dict[str, float]:
     """Parameter -> root mean square over the recorded steps of the norm of its gradient."""
-    history = profile.history()
-    rows = history[history.role == Role.GRAD_WEIGHT.value]
+    rows = profile.history(("step", "module", "tensor", "sumsq"), roles=[Role.GRAD_WEIGHT.value])
     if not len(rows):
         return {}
     modules, tensors = rows.module.astype(str), rows.tensor.astype(str)

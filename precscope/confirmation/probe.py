@@ -36,7 +36,8 @@ _RETRY = (0, -5, -10)  # binades by which a loss scale is lowered where gradient
 class Outcome:
     """What one pass gave. loss: NaN for inference. gradients: parameter -> fp32 tensor, loss scale divided out.
     outputs: the floating outputs in one fp32 vector (inference), else a sample. error: what was raised, "" if nothing.
-    scale_exponent: k of the loss scale 2^k that was used. discrete: the outputs are integers, such as classes."""
+    scale_exponent: k of the loss scale 2^k that was used. discrete: the outputs are integers, such as classes.
+    low_loss: the loss itself came in 16 bits."""
 
     loss: float = float("nan")
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -44,6 +45,7 @@ class Outcome:
     error: str = ""
     scale_exponent: int = 0
     discrete: bool = False
+    low_loss: bool = False
 
     @property
     def finite(self) -> bool:
@@ -178,7 +180,8 @@ class Prober:
         gradients = {
             name: _dense(p.grad).float() * 2.0**-scale for name, p in model.named_parameters() if p.grad is not None
         }
-        return Outcome(float(loss.detach()), gradients, captured[-1] if captured else None, "", scale)
+        low = loss.dtype in (torch.bfloat16, torch.float16)
+        return Outcome(float(loss.detach()), gradients, captured[-1] if captured else None, "", scale, low_loss=low)
 
 
 def _call(model: nn.Module, batch: Any) -> Any:

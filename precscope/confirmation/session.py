@@ -15,6 +15,7 @@ from ..formats import get_format
 from ..plans import LayerPrecision, PrecisionPlan, Reason
 from ..profiles import Profile
 from ..tasks import Task
+from .beyond import go_beyond
 from .explanation import Explanation, explain
 from .ground import Ground
 from .judgement import Judgement
@@ -31,7 +32,9 @@ _NO_GAIN = "Every module stays in fp32: low precision gains nothing on this devi
 
 
 class Session:
-    """Confirms what `predict(profile, **asked)` proposes on `task`. See `recommend` for the arguments."""
+    """Confirms what `predict(profile, **asked)` proposes on `task`. See `recommend` for the arguments.
+
+    beyond: share of the step's time that leaving autocast must gain; None: it is not tried."""
 
     def __init__(
         self,
@@ -44,13 +47,14 @@ class Session:
         trial_steps: int,
         loss_scaling: bool,
         note: Callable[[str], None] | None,
+        beyond: float | None = None,
     ) -> None:
         self.task, self.profile, self.asked = task, profile, asked
         self.policy = asked["policy"]
         self.inference = profile.run.get("mode") == "inference"
         self.trial_steps = 0 if self.inference else trial_steps
-        self.loss_scaling = loss_scaling
-        self._note = note or (lambda text: None)
+        self.loss_scaling, self.beyond = loss_scaling, beyond
+        self.note = note or (lambda text: None)
         self.ground = Ground(task, profile, tolerance=tolerance, batches=batches, trial_steps=self.trial_steps)
         self.graph, self.states, self.yardstick = self.ground.graph, self.ground.states, self.ground.yardstick
         self.batches, self.confirming = self.ground.batches, self.ground.confirming
@@ -72,7 +76,8 @@ class Session:
                     break
                 for fmt in new:
                     self._measure(fmt)
-            return self._confirm()
+            plan = self._confirm()
+            return plan if self.beyond is None else go_beyond(self, plan, least_gain=self.beyond)
 
     def _prepare(self) -> None:
         """The states to try: as the model stands, and after the trial in fp32."""
@@ -83,7 +88,7 @@ class Session:
         self.ground.prober = self.prober
         self.ground.begin()
         if self.trial_steps and len(self.batches) > 1:
-            self._note(f"training {len(self.batches)} steps in fp32")
+            self.note(f"training {len(self.batches)} steps in fp32")
             self.states.go(self.ground.base)
             self.trials["fp32"] = run_trial(self.task, self.batches)
             if self.trials["fp32"].finite and "trained" not in self.states:
@@ -111,7 +116,7 @@ class Session:
         high = frozenset(self._certain(fmt))
         self._passes_before[fmt] = self.prober.passes if self.findings else 0
         for state in self.states:
-            self._note(f"trying {fmt} on the model ({state})")
+            self.note(f"trying {fmt} on the model ({state})")
             finding = self._find(fmt, state, high)
             self.findings[fmt, state] = finding
             guilty = {u for u in finding.high - high if u in finding.alone and finding.alone[u].score > 0.5}
@@ -153,7 +158,7 @@ class Session:
             return self.ground.judge(reference, self.prober.alone(batch, fmt, units, memory), state)
 
         names = [u.name for u in self.graph.units]
-        budget = max(self._passes_left(fmt) - 2, 4)  # the last judgement may take three
+        budget = max(self.passes_left(fmt) - 2, 4)  # the last judgement may take three
         return find_high(names, holds, alone, start=start, budget=budget, spent=lambda: self.prober.passes)
 
     def _acquitted(self, fmt: str, high: frozenset[str], judgement: Judgement) -> bool:
@@ -163,7 +168,7 @@ class Session:
         if judgement.visible > 1.0 or exact is None or not exact.finite:
             return False
         if fmt not in self._keeps_up:
-            self._note(f"training {len(self.batches)} steps in {fmt}")
+            self.note(f"training {len(self.batches)} steps in {fmt}")
             self.states.go(self.ground.base)
             got = run_trial(self.task, self.batches, plan=self._plan_of(fmt, high), scaling=self.loss_scaling)
             progress = exact.losses[0] - exact.last
@@ -171,7 +176,7 @@ class Session:
             self._keeps_up[fmt] = moved and got.finite and got.last - exact.last <= _KEEPS_UP * progress
         return self._keeps_up[fmt]
 
-    def _passes_left(self, fmt: str) -> int:
+    def passes_left(self, fmt: str) -> int:
         """Of 2n + 20 for this format, less what two rounds of confirming take."""
         allowed = 2 * len(self.graph.units) + 20 - 2 * len(self.confirming) * len(list(self.states))
         return allowed - (self.prober.passes - self._passes_before[fmt])
@@ -186,7 +191,7 @@ class Session:
     def _explain(self, fmt: str, state: str, units: Collection[str]) -> dict[str, Explanation]:
         """Which op does the harm in each of `units`, as far as passes remain."""
         each = 2 if fmt == "fp16" and self.loss_scaling else 1  # where a loss scale is sought in vain
-        units = sorted(units)[: max(0, (self._passes_left(fmt) - 1) // each)]
+        units = sorted(units)[: max(0, (self.passes_left(fmt) - 1) // each)]
         if not units:
             return {}
         batch, memory = self.confirming[0], self.ground.memory(fmt, state)
@@ -222,14 +227,14 @@ class Session:
         """The program's plan, tightened until it holds on all batches and states, and in training."""
         for share in (*_TIGHTEN, 0.0):
             plan = self._settled(self._predict(hopeful=False))
-            self._note("confirming the whole plan")
-            judgement, where = self._try(plan)
-            trial = self._try_training(plan) if judgement.passed else None
+            self.note("confirming the whole plan")
+            judgement, where = self.try_plan(plan)
+            trial = self.try_training(plan) if judgement.passed else None
             passed = judgement.passed and (trial is None or trial["passed"])
             text = judgement.text if not judgement.passed or trial is None else trial_text(trial)
             if passed or not self._tighten(plan, text, share):
                 break
-        return plan.replace(confirmed=self._confirmation(passed, judgement, where, trial))
+        return plan.replace(confirmed=self.confirmation(passed, judgement, where, trial))
 
     def _settled(self, plan: PrecisionPlan) -> PrecisionPlan:
         """Where costs were measured, the whole step decides: islands that only the times of single modules ask for must
@@ -247,7 +252,7 @@ class Session:
             rivals["fp32"] = _with_format(plan, list(plan.modules), "fp32", self.policy, "")
         key = frozenset((n, layer.compute) for n, layer in plan.modules.items())
         if key not in self._step_ms:
-            self._note("timing whole steps")
+            self.note("timing whole steps")
             self.states.go(self.ground.base)
             seconds = step_times(self.task, self.confirming[0], list(rivals.values()))
             self._step_ms[key] = {word: 1e3 * s for word, s in zip(rivals, seconds, strict=True)}
@@ -262,7 +267,7 @@ class Session:
         told += f"and {times['main']:.3g} ms in {main} throughout"
         return _with_format(plan, optional, main, self.policy, told, ms=times)
 
-    def _try(self, plan: PrecisionPlan) -> tuple[Judgement, str]:
+    def try_plan(self, plan: PrecisionPlan) -> tuple[Judgement, str]:
         """The worst judgement over batches and states, and where."""
         worst, where = Judgement(0.0, "", {}), ""
         if not _low_formats(plan):
@@ -280,12 +285,12 @@ class Session:
                     return worst, where
         return worst, where
 
-    def _try_training(self, plan: PrecisionPlan) -> dict[str, Any] | None:
+    def try_training(self, plan: PrecisionPlan) -> dict[str, Any] | None:
         """The plan trained from the start on the batches of the fp32 trial."""
         exact = self.trials.get("fp32")
         if exact is None or not exact.finite or not _low_formats(plan):
             return None
-        self._note(f"training {len(self.batches)} steps with the plan")
+        self.note(f"training {len(self.batches)} steps with the plan")
         self.states.go(self.ground.base)
         got = run_trial(self.task, self.batches, plan=plan, scaling=self.loss_scaling)
         self.states.go(self.ground.base)
@@ -319,7 +324,7 @@ class Session:
             self.measured.forbid(unit, low[unit], Reason(code="measured", text=text, site=None, numbers={}))
         return True
 
-    def _confirmation(
+    def confirmation(
         self, passed: bool, judgement: Judgement, where: str, trial: dict[str, Any] | None
     ) -> dict[str, Any]:
         score = judgement.score

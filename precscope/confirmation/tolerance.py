@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+LEAST_GAIN = 0.03
+"""Share of the time per step that a plan must gain for leaving autocast."""
+
 
 @dataclass(frozen=True)
 class Tolerance:

@@ -188,7 +188,7 @@ class _Side:
                 sizes.append((weight_bytes(unwrap(self.model)), run))
                 notes = list(precision.describe()["notes"])
                 handle = getattr(precision, "handle", None)
-        notes += dict.fromkeys(f"emulated: {r.note}" for r in (handle.runs if handle else ()) if r.how == "emulated")
+        notes += dict.fromkeys(f"emulated: {r.note}" for r in (handle.runs if handle else ()) if r.how != "native")
         (a, b), (c, d) = sizes
         return Memory(a, c, b, d), notes
 

@@ -4,16 +4,19 @@
 
     buffer = SlotBuffer(device)               # many tensors: a row of accumulators each
     buffer.accumulate(0, x)                   # never waits for the device
+    buffer.accumulate_many(slots, tensors)    # the same for each of several: one launch for many small ones
     table = buffer.read()                     # StatsTable: one copy to the host
 
-Three backends give the same counts and extremes (sums to float64 rounding): "numba" compiled for the CPU, "triton"
-for GPUs, and "torch" operations, the readable reference, wherever the other two cannot run.
+Three backends give the same counts and extremes: "numba" compiled for the CPU, "triton" for GPUs, and "torch"
+operations, the readable reference, wherever the other two cannot run. Sums agree to float64 rounding, those of
+"triton" to 2^-21 of the sum of magnitudes (triton.py says where it is more exact).
 """
 
 from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Literal
@@ -25,7 +28,7 @@ from torch import Tensor
 from ..errors import UsageError, first_line
 from ..histogram import BINS
 from ..stats import MIXED, NOTHING, StatsTable, TensorStats
-from . import reference
+from . import compiled, reference
 
 __all__ = ["SlotBuffer", "backend_for", "summarize"]
 
@@ -66,6 +69,24 @@ class SlotBuffer:
 
     A slot takes any number of tensors; their statistics add up. It remembers the format of what it was given. One
     thread at a time may write a slot.
+
+    torch.compile: `accumulate` and `accumulate_many` inside a compiled function become one operator of its graph,
+    which breaks it nowhere (fullgraph=True), runs at each call, and counts what eager mode counts of the same numbers:
+
+        buffer = SlotBuffer(device)
+
+        @torch.compile(fullgraph=True)
+        def forward(x):
+            h = block(x)
+            buffer.accumulate(0, h)           # h.detach() is read; gradients pass untouched
+            return head(h)
+
+    A watched tensor must exist in memory, so that the compiler fuses less around it, and results may differ in their
+    last bits from those of the unwatched graph. Calls of `read`, `clear` and `grow` belong outside.
+
+    CUDA graphs: calls may be captured once each kind of call has run outside, for Triton compiles then. A replay adds
+    to the same slots what the same memory holds then. The buffer must outlive the graph and cannot `grow` after a
+    capture; `clear` between replays is fine.
     """
 
     def __init__(self, device: str | torch.device, capacity: int = 256, *, backend: Backend = "auto") -> None:
@@ -76,13 +97,21 @@ class SlotBuffer:
         self._kernels = _load(backend, device.type)
         # Where there is no float64 (Apple's GPUs) tensors are reduced on the host.
         self._travels = device.type == "mps"
-        self._rows = reference.new_rows(capacity, torch.device("cpu") if self._travels else device)
+        with torch.inference_mode(False):  # made inside inference mode, rows could not be written outside
+            self._rows = reference.new_rows(capacity, torch.device("cpu") if self._travels else device)
         self._home = self._rows.device
         self.device = device if self._travels else self._home
+        self._on_gpu = self._home.type == "cuda"
         self._source = [NOTHING] * capacity
         self._exponent = [0] * capacity
         self._weights: Tensor | None = None  # float64 [capacity, BINS], made when first needed
         self._priced: set[int] = set()
+        # What captured CUDA graphs do again at each replay: slot -> (source, exponent), priced slots, tables of work
+        # and the pinned memory that they are copied from.
+        self._replayed: dict[int, tuple[str, int]] = {}
+        self._replayed_prices: set[int] = set()
+        self._tables: list[Tensor] = []
+        self.number = compiled.number(self)
 
     @property
     def capacity(self) -> int:
@@ -90,24 +119,33 @@ class SlotBuffer:
         return len(self._source)
 
     def grow(self, capacity: int) -> None:
-        """Make room for `capacity` rows; what was accumulated stays."""
+        """Make room for `capacity` rows; what was accumulated stays. UsageError once a CUDA graph writes into them."""
         more = capacity - self.capacity
         if more > 0:
-            self._rows = torch.cat([self._rows, reference.new_rows(more, self._home)])
+            if self._replayed:
+                raise UsageError(
+                    f"a captured CUDA graph writes into the {self.capacity} rows of this buffer, which cannot move: "
+                    f"make it with capacity={capacity} before the capture"
+                )
+            with torch.inference_mode(False):
+                self._rows = torch.cat([self._rows, reference.new_rows(more, self._home)])
+                if self._weights is not None:
+                    self._weights = torch.cat([self._weights, self._weights.new_zeros(more, BINS)])
             self._source += [NOTHING] * more
             self._exponent += [0] * more
-            if self._weights is not None:
-                self._weights = torch.cat([self._weights, self._weights.new_zeros(more, BINS)])
 
     def clear(self, n: int | None = None) -> None:
         """Empty the first n rows, all by default."""
         n = self.capacity if n is None else n
-        self._rows[:n].copy_(reference.new_rows(n, self._home))
+        self._rows[:n].copy_(reference.new_rows(1, self._home))  # one empty row, over all of them
         self._source[:n] = [NOTHING] * n
         self._exponent[:n] = [0] * n
         if self._weights is not None:
             self._weights[:n].zero_()
-            self._priced = {slot for slot in self._priced if slot >= n}
+            self._priced = {slot for slot in self._priced if slot >= n} | self._replayed_prices
+        for slot, (source, k) in self._replayed.items():
+            if slot < n:
+                self._source[slot], self._exponent[slot] = source, k
 
     def accumulate(self, slot: int, x: Tensor, *, multiplier: float = 1.0) -> None:
         """Add the statistics of x * multiplier to row `slot`.
@@ -115,14 +153,57 @@ class SlotBuffer:
         x: fp64, fp32, bf16, fp16 or fp8, any shape and stride, also empty. multiplier: finite and above 0; exact for
         powers of two (a divided-out loss scale), in float64 otherwise.
         """
-        if x.dtype not in _NATIVE or x.layout is not torch.strided or x.device != self._rows.device:
-            return self._accumulate_unusual(slot, x, multiplier)
+        if torch.compiler.is_compiling():
+            return compiled.accumulate(self._rows, x.detach(), self.number, slot, multiplier)
+        return self._accumulate(self._rows, slot, x, multiplier)
+
+    def _accumulate(self, rows: Tensor, slot: int, x: Tensor, multiplier: float) -> None:
+        """Into `rows`: the buffer's own, or what a compiler puts in their place."""
+        if x.dtype not in _NATIVE or x.layout is not torch.strided or x.device != rows.device:
+            return self._accumulate_unusual(rows, slot, x, multiplier)
         source, k = _NATIVE[x.dtype], 0
         if multiplier != 1.0:
             x, source, k = _multiplied(x, source, multiplier)
         self._note(slot, source, k)
-        self._kernels.accumulate(self._rows, slot, x.resolve_neg() if x.is_neg() else x, k)
+        self._kernels.accumulate(rows, slot, x.resolve_neg() if x.is_neg() else x, k)
         return None
+
+    def accumulate_many(
+        self, slots: Sequence[int], tensors: Sequence[Tensor], *, multipliers: Sequence[float] | None = None
+    ) -> None:
+        """`accumulate` for each slot and tensor, in order; faster where there are many small ones: one launch on a GPU,
+        one round of the threads on the CPU.
+
+        multipliers: one for each tensor, 1 by default. Raises UsageError where lengths differ.
+        """
+        factors = [1.0] * len(slots) if multipliers is None else multipliers
+        if not len(slots) == len(tensors) == len(factors):
+            raise UsageError(
+                f"accumulate_many needs a slot, and a multiplier if any, for each tensor: got {len(slots)} slots, "
+                f"{len(tensors)} tensors, {len(factors)} multipliers"
+            )
+        if torch.compiler.is_compiling():
+            for slot, x, multiplier in zip(slots, tensors, factors, strict=True):
+                compiled.accumulate(self._rows, x.detach(), self.number, slot, multiplier)
+            return
+        kept: list[int] = []
+        values: list[Tensor] = []
+        ks: list[int] = []
+        rows, device = self._rows, self._rows.device
+        for slot, x, multiplier in zip(slots, tensors, factors, strict=True):
+            source, k = _NATIVE.get(x.dtype), 0
+            if source is None or x.layout is not torch.strided or x.device != device:
+                self._accumulate_unusual(rows, slot, x, multiplier)
+                continue
+            if multiplier != 1.0:
+                x, source, k = _multiplied(x, source, multiplier)
+            self._note(slot, source, k)
+            kept.append(slot)
+            values.append(x.resolve_neg() if x.is_neg() else x)
+            ks.append(k)
+        tables = self._kernels.accumulate_many(rows, kept, values, ks)
+        if tables and self._capturing():
+            self._tables += tables
 
     def accumulate_update(self, slot: int, ratio_slot: int, before: Tensor, after: Tensor) -> None:
         """Add the statistics of the update dw = after - before (in fp32; fp64 for fp64) to row `slot`.
@@ -151,13 +232,20 @@ class SlotBuffer:
         """
         if y.shape != g.shape:
             raise UsageError(f"a gradient has the shape of its tensor, got {tuple(g.shape)} for {tuple(y.shape)}")
+        self._check(slot)
         y, g = (_plain(t.detach(), self._home) for t in (y, g))
         wide = torch.float64 if torch.float64 in (y.dtype, g.dtype) else torch.float32
         y, g = _side_by_side(y, g)
         if self._weights is None:
+            if self._capturing():
+                raise UsageError(
+                    "call accumulate_weights once before a CUDA graph captures it: the first call makes room"
+                )
             with torch.inference_mode(False):
                 self._weights = torch.zeros(self.capacity, BINS, dtype=torch.float64, device=self._home)
         self._priced.add(slot)
+        if self._capturing():
+            self._replayed_prices.add(slot)
         self._kernels.accumulate_weights(self._weights, slot, y.to(wide), g.to(wide))
 
     def _read_weights(self, n: int) -> np.ndarray | None:
@@ -190,7 +278,15 @@ class SlotBuffer:
             weights=self._read_weights(n),
         )
 
+    def _check(self, slot: int) -> None:
+        """The kernels write where they are told."""
+        if not 0 <= slot < len(self._source):
+            raise UsageError(
+                f"this buffer has rows 0 to {len(self._source) - 1}, got slot {slot}: make room with grow(capacity)"
+            )
+
     def _note(self, slot: int, source: str, k: int) -> None:
+        self._check(slot)
         known = self._source[slot]
         if known == NOTHING:
             self._source[slot], self._exponent[slot] = source, k
@@ -198,19 +294,26 @@ class SlotBuffer:
             if known != source:
                 self._source[slot] = MIXED
             self._exponent[slot] = min(self._exponent[slot], k)  # of the finest grid
+        if self._on_gpu and self._capturing():
+            self._replayed[slot] = self._source[slot], self._exponent[slot]
 
-    def _accumulate_unusual(self, slot: int, x: Tensor, multiplier: float) -> None:
+    def _capturing(self) -> bool:
+        """Whether what is launched now goes into a CUDA graph."""
+        return self._on_gpu and torch.cuda.is_current_stream_capturing()
+
+    def _accumulate_unusual(self, rows: Tensor, slot: int, x: Tensor, multiplier: float) -> None:
         """Sparse tensors, fp8, and tensors of another device than the rows."""
         if x.device != self._home and not self._travels:
             raise UsageError(f"this buffer is on {self.device}, the tensor on {x.device}: use a buffer per device")
+        self._check(slot)
         source = _WIDENED.get(x.dtype)
         x = x.detach()
         if x.layout is not torch.strided:
             size = x.numel()
             x = (x.coalesce() if x.layout is torch.sparse_coo else x).values()
-            self._rows[slot, reference.ZEROS] += size - x.numel()
+            rows[slot, reference.ZEROS] += size - x.numel()
         before, after = self._source[slot], _plain(x, self._home)
-        self.accumulate(slot, after, multiplier=multiplier)
+        self._accumulate(rows, slot, after, multiplier)
         if source is not None:  # say what it was, not what it was widened to
             self._source[slot] = source if before in (NOTHING, source) else MIXED
 
@@ -223,12 +326,11 @@ def _plain(x: Tensor, device: torch.device) -> Tensor:
         raise UsageError(
             f"statistics need a floating-point tensor of 8 to 64 bits, got {x.dtype}: convert it first, or leave it out"
         )
-    return x.to(device)
+    return (x.resolve_neg() if x.is_neg() else x).to(device)
 
 
 def _side_by_side(y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """Both as one contiguous dimension, element by element in the same order."""
-    y, g = (t.resolve_neg() if t.is_neg() else t for t in (y, g))
     if y.stride() != g.stride() or not reference.fills_its_storage(y):
         y, g = y.contiguous(), g.contiguous()
     return reference.flat(y), reference.flat(g)
@@ -239,7 +341,7 @@ def _multiplied(x: Tensor, source: str, multiplier: float) -> tuple[Tensor, str,
     if not (math.isfinite(multiplier) and multiplier > 0):
         raise UsageError(f"multiplier must be finite and above 0, got {multiplier!r}")
     mantissa, exponent = math.frexp(multiplier)
-    if mantissa == 0.5:
+    if mantissa == 0.5 and exponent > -1022:  # 2^k is then a normal number, of which the kernels make the bits
         return x, source, exponent - 1
     return x.detach().double() * multiplier, MIXED, 0
 

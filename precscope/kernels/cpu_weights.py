@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..histogram import BINS
 from . import openmp
-from .cpu import _MAGNITUDE, _NORMAL, CHUNK, PARALLEL_FROM, _claim, _column, _exponent32, _pointer
+from .cpu_kernels import _MAGNITUDE, _NORMAL, CHUNK, PARALLEL_FROM, _claim, _column, _exponent32, _pointer
 
-# numba recompiles cached code when this file changes; what is imported from cpu.py is two intrinsics and the layout.
+# numba recompiles cached code when this file changes; what is imported from cpu_kernels.py is two
+# intrinsics and the layout.
 
 _U255, _SHIFT = np.uint32(255), np.uint32(23)
 # A job: int64 [_JOB]. The first word is the counter from which threads claim chunks; _Y, _G are addresses of fp32 (or,

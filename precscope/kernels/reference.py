@@ -13,6 +13,8 @@ A row of accumulators is `WIDTH` int64 words, so that a table of rows is one ten
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -63,6 +65,12 @@ def accumulate(rows: Tensor, slot: int, x: Tensor, k: int = 0) -> None:
     """Add the statistics of x * 2^k to row `slot`. x: floating point, on the device of `rows`."""
     for piece in flat(x.detach()).split(_piece(x)):
         _accumulate(rows[slot], piece.double(), k)
+
+
+def accumulate_many(rows: Tensor, slots: Sequence[int], tensors: Sequence[Tensor], ks: Sequence[int]) -> None:
+    """`accumulate` of each tensor times 2^k to its slot, in order."""
+    for slot, x, k in zip(slots, tensors, ks, strict=True):
+        accumulate(rows, slot, x, k)
 
 
 def accumulate_update(rows: Tensor, slot: int, ratio_slot: int, before: Tensor, after: Tensor) -> None:

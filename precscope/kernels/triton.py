@@ -1,190 +1,144 @@
-"""The one-pass kernels on the GPU, in Triton.
+"""The one-pass kernels on the GPU, in Triton: what is launched, and for which tensors.
 
-Each program walks over blocks of the tensor and keeps a histogram, extremes and sums in registers; at its end it adds
-them to the row with one vector of atomics. Exponents are read from the bits. Nothing waits for the device.
+A tensor is read once. A program counts in shared memory (triton_table.py), keeps extremes and sums in registers
+(triton_kernels.py), and at its end adds them to the row with atomics. Many small tensors take one launch per format:
+a table of work, one line per program, is built on the host in pinned memory and copied to the device asynchronously.
+Nothing waits for the device.
+
+Sums. fp32, bf16 and fp16 values are added in fp32 over the at most 16 values that a thread reads at a time, then in
+fp64, in no fixed order: |error of sum| <= 2^-21 sum |x|, and sumsq is right to 2^-21 of itself. fp64 tensors, and the
+shares of programs that meet inf, nan, subnormals or magnitudes beyond [2^-48, 2^60), are summed in fp64 throughout.
+Counts and extremes are exact always.
+
+CUDA graphs. `accumulate`, `accumulate_many`, `accumulate_update` and `accumulate_weights` can be captured. Every kernel
+must have run once before (Triton compiles it then), the buffer must be large enough before and must outlive the
+graph, and the tensors are read where they lay at capture. A SlotBuffer keeps to this: see there.
 
 With TRITON_INTERPRET=1 in the environment before this module is imported, the same code runs on CPU tensors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from ..histogram import BINS, EXP_LO
 from . import reference
+from .triton_kernels import GROUPS, LINE, VECTOR, many_kernel, one_kernel, weights_kernel
+from .triton_table import THREADS, WARPS
 
 INTERPRETED = triton.knobs.runtime.interpret
+PTX = not INTERPRETED and torch.version.hip is None
 
-_BLOCK, _WARPS = 2048, 8  # 8 elements per thread: what is kept per element fits in registers
-_PROGRAMS_PER_SM = 4
-_HISTOGRAM = 512  # power of two above the columns of counts
+_PROGRAMS_PER_SM, _REGISTERS = 2, 64  # of 512 threads each: the registers of a multiprocessor are full
+_SPAN = 4  # blocks that a program of a table of work does before another one shares the tensor
 _KIND = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-
-
-@triton.jit
-def _widen(x, kind: tl.constexpr):
-    """A block as fp32, or as fp64 if it is: exact. bf16 is the upper half of fp32, subnormals too."""
-    if kind == 1:
-        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    elif kind == 2:
-        return x.to(tl.float32)
-    else:
-        return x
-
-
-@triton.jit
-def _binade(x, kind: tl.constexpr):
-    """floor(log2|x|) of a widened block, int32: 1024 for inf and nan, -2000 for zero, -1023 for fp64 subnormals."""
-    if kind == 3:
-        bits = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
-        field = (bits >> 52).to(tl.int32)
-        binade = tl.where(field == 2047, 1024, field - 1023)
-    else:
-        bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        field = bits >> 23
-        # a subnormal is bits * 2^-149, and the integer converts to a normal fp32 value
-        of_integer = (bits.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-        binade = tl.where(field == 0, of_integer - 149, field - 127)
-        binade = tl.where(field == 255, 1024, binade)
-    return tl.where(bits == 0, -2000, binade)
-
-
-@triton.jit(do_not_specialize=["slot", "k"])
-def _accumulate_kernel(
-    rows, x_pointer, n, slot, k,
-    kind: tl.constexpr, block: tl.constexpr, histogram: tl.constexpr, bins: tl.constexpr, exp_lo: tl.constexpr,
-    width: tl.constexpr,
-):  # fmt: skip
-    counts = tl.zeros([histogram], dtype=tl.int32)
-    largest = tl.zeros([block], dtype=tl.float64)
-    smallest = tl.full([block], float("inf"), dtype=tl.float64)
-    total = tl.zeros([block], dtype=tl.float64)
-    squares = tl.zeros([block], dtype=tl.float64)
-    start = tl.program_id(0).to(tl.int64) * block
-    while start < n:
-        offsets = start + tl.arange(0, block)
-        inside = offsets < n
-        x = _widen(tl.load(x_pointer + offsets, mask=inside, other=0.0), kind)
-        binade = _binade(x, kind)
-        zero, finite = binade == -2000, binade < 1024
-        column = tl.minimum(tl.maximum(binade + k, exp_lo), exp_lo + bins - 1) - exp_lo
-        column = tl.where(zero, bins, column)
-        column = tl.where(finite, column, tl.where(x != x, bins + 3, tl.where(x > 0, bins + 1, bins + 2)))
-        counts += tl.histogram(tl.where(inside, column, histogram - 1), histogram)
-        kept = tl.where(finite, x.to(tl.float64), 0.0)
-        magnitude = tl.abs(kept)
-        largest = tl.maximum(largest, magnitude)
-        smallest = tl.minimum(smallest, tl.where(finite & (zero == 0), magnitude, float("inf")))
-        total += kept
-        squares += kept * kept
-        start += tl.num_programs(0).to(tl.int64) * block
-    row = rows + slot.to(tl.int64) * width
-    columns = tl.arange(0, histogram)
-    tl.atomic_add(row + columns, counts.to(tl.int64), mask=(columns < bins + 4) & (counts > 0))
-    scale = ((k.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)  # 2^k
-    # positive floats order like their bits
-    tl.atomic_max(row + bins + 4, (tl.max(largest) * scale).to(tl.int64, bitcast=True))
-    tl.atomic_min(row + bins + 5, (tl.min(smallest) * scale).to(tl.int64, bitcast=True))
-    numbers = row.to(tl.pointer_type(tl.float64), bitcast=True)
-    tl.atomic_add(numbers + bins + 6, tl.sum(total) * scale)
-    tl.atomic_add(numbers + bins + 7, tl.sum(squares) * scale * scale)
-
-
-@triton.jit(do_not_specialize=["slot"])
-def _ratio_kernel(
-    rows, before_pointer, step_pointer, n, slot,
-    kind: tl.constexpr, block: tl.constexpr, histogram: tl.constexpr, bins: tl.constexpr, exp_lo: tl.constexpr,
-    width: tl.constexpr,
-):  # fmt: skip
-    counts = tl.zeros([histogram], dtype=tl.int32)
-    start = tl.program_id(0).to(tl.int64) * block
-    while start < n:
-        offsets = start + tl.arange(0, block)
-        inside = offsets < n
-        weight = _binade(tl.load(before_pointer + offsets, mask=inside, other=0.0), kind)
-        step = _binade(tl.load(step_pointer + offsets, mask=inside, other=0.0), kind)
-        column = tl.minimum(tl.maximum(step - weight, exp_lo), exp_lo + bins - 1) - exp_lo
-        column = tl.where(weight == -2000, bins + 1, column)
-        column = tl.where(step == -2000, bins, column)
-        column = tl.where((weight == 1024) | (step == 1024), bins + 3, column)
-        counts += tl.histogram(tl.where(inside, column, histogram - 1), histogram)
-        start += tl.num_programs(0).to(tl.int64) * block
-    columns = tl.arange(0, histogram)
-    row = rows + slot.to(tl.int64) * width
-    tl.atomic_add(row + columns, counts.to(tl.int64), mask=(columns < bins + 4) & (counts > 0))
-
-
-@triton.jit(do_not_specialize=["slot"])
-def _weights_kernel(
-    weights, y_pointer, g_pointer, n, slot,
-    kind: tl.constexpr, block: tl.constexpr, histogram: tl.constexpr, bins: tl.constexpr, exp_lo: tl.constexpr,
-    width: tl.constexpr,
-):  # fmt: skip
-    """A block of activations fills some twenty binades: one masked sum for each, none for the others."""
-    columns = tl.arange(0, histogram)
-    sums = tl.zeros([histogram], dtype=tl.float64)
-    start = tl.program_id(0).to(tl.int64) * block
-    while start < n:
-        offsets = start + tl.arange(0, block)
-        inside = offsets < n
-        binade = _binade(tl.load(y_pointer + offsets, mask=inside, other=0.0), kind)
-        g = tl.load(g_pointer + offsets, mask=inside, other=0.0).to(tl.float64)
-        kept = inside & (binade > -2000) & (binade < 1024)
-        column = tl.minimum(tl.maximum(binade, exp_lo), exp_lo + bins - 1) - exp_lo
-        column = tl.where(kept, column, -1)
-        at = tl.min(tl.where(kept, column, histogram))
-        last = tl.max(column)
-        while at <= last:
-            sums += tl.where(columns == at, tl.sum(tl.where(column == at, g * g, 0.0)), 0.0)
-            at += 1
-        start += tl.num_programs(0).to(tl.int64) * block
-    row = weights + slot.to(tl.int64) * bins
-    tl.atomic_add(row + columns, sums, mask=(columns < bins) & (sums != 0.0))
-
-
-def accumulate_weights(weights: Tensor, slot: int, y: Tensor, g: Tensor) -> None:
-    """Like reference.accumulate_weights."""
-    if y.numel():
-        with _on(y.device):
-            _weights_kernel[_grid(y)](weights, y, g, y.numel(), slot, kind=_KIND[y.dtype], **_CONSTANTS, **_OPTIONS)
+_WEIGHTS_BLOCK, _WEIGHTS_WARPS = 2048, 8
 
 
 def accumulate(rows: Tensor, slot: int, x: Tensor, k: int = 0) -> None:
     """Add the statistics of x * 2^k to row `slot`. x: fp32, bf16, fp16 or fp64, on the device of `rows`."""
     x = reference.flat(x.detach())
     if x.numel():
+        kind = _KIND[x.dtype]
         with _on(x.device):
-            _accumulate_kernel[_grid(x)](rows, x, x.numel(), slot, k, kind=_KIND[x.dtype], **_CONSTANTS, **_OPTIONS)
+            one_kernel[_grid(x)](rows, x, x, x.numel(), slot, slot, k, update=False, **_options(kind))
+
+
+def accumulate_many(rows: Tensor, slots: Sequence[int], tensors: Sequence[Tensor], ks: Sequence[int]) -> list[Tensor]:
+    """`accumulate` of each tensor times 2^k: one launch per format. A slot may come several times.
+
+    Returns what a captured graph reads at every replay: the table of work, and the host memory that it is copied from.
+    """
+    flat = [reference.flat(x.detach()) for x in tensors]
+    kept: dict[tuple[int, bool], list[int]] = {}
+    for i, x in enumerate(flat):
+        if x.numel():
+            kept.setdefault((_KIND[x.dtype], x.data_ptr() % 16 == 0), []).append(i)
+    if not kept:
+        return []
+    lines, ends = [], []
+    for (kind, _), members in kept.items():
+        lines += [_lines(kind, flat[i], slots[i], ks[i]) for i in members]
+        ends.append(sum(map(len, lines)))
+    host, work = _to_device(np.concatenate(lines), rows.device)
+    with _on(rows.device):
+        for (kind, aligned), begin, end in zip(kept, [0, *ends[:-1]], ends, strict=True):
+            many_kernel[(end - begin,)](rows, work[begin:end], aligned=aligned, update=False, **_options(kind))
+    return [host, work]
 
 
 def accumulate_update(rows: Tensor, slot: int, ratio_slot: int, before: Tensor, after: Tensor) -> None:
-    """Like reference.accumulate_update, in two passes: the difference is formed by torch."""
-    if before.stride() != after.stride():
+    """Like reference.accumulate_update: one pass over both tensors where these are of one format below fp64."""
+    if before.dtype != after.dtype or before.dtype == torch.float64 or before.shape != after.shape:
+        return reference.accumulate_update(rows, slot, ratio_slot, before, after)
+    if before.stride() != after.stride() or not reference.fills_its_storage(before):
         before, after = before.contiguous(), after.contiguous()
-    wide = torch.float64 if torch.float64 in (before.dtype, after.dtype) else torch.float32
-    before = reference.flat(before.detach()).to(wide)
-    step = reference.flat(after.detach()).to(wide) - before
-    accumulate(rows, slot, step)
-    if step.numel():
-        with _on(step.device):
-            _ratio_kernel[_grid(step)](
-                rows, before, step, step.numel(), ratio_slot, kind=_KIND[wide], **_CONSTANTS, **_OPTIONS
+    before, after = reference.flat(before.detach()), reference.flat(after.detach())
+    if after.numel():
+        with _on(after.device):
+            one_kernel[_grid(after)](
+                rows, after, before, after.numel(), slot, ratio_slot, 0, update=True, **_options(_KIND[after.dtype])
             )
+    return None
 
 
-_OPTIONS = {"num_warps": _WARPS, "enable_fp_fusion": True}
-_CONSTANTS = {"block": _BLOCK, "histogram": _HISTOGRAM, "bins": BINS, "exp_lo": EXP_LO, "width": reference.WIDTH}
+def accumulate_weights(weights: Tensor, slot: int, y: Tensor, g: Tensor) -> None:
+    """Like reference.accumulate_weights."""
+    if y.numel():
+        programs = min(triton.cdiv(y.numel(), _WEIGHTS_BLOCK), _resident(y.device))
+        with _on(y.device):
+            weights_kernel[(programs,)](
+                weights, y, g, y.numel(), slot, kind=_KIND[y.dtype], block=_WEIGHTS_BLOCK,
+                num_warps=_WEIGHTS_WARPS, enable_fp_fusion=True,
+            )  # fmt: skip
+
+
+def _lines(kind: int, x: Tensor, slot: int, k: int) -> np.ndarray:
+    """The lines of a table of work for one tensor, int64 [programs, LINE]."""
+    programs = triton.cdiv(x.numel(), _SPAN * _block(kind))
+    found = np.empty((programs, LINE), np.int64)
+    found[:] = (x.data_ptr(), x.data_ptr(), x.numel(), slot, slot, k, 0, programs)
+    found[:, 6] = np.arange(programs)
+    return found
+
+
+def _to_device(lines: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(pinned memory, its copy on the device), which the host does not wait for: torch keeps pinned memory until a copy
+    is through, though not until a captured one has been replayed."""
+    table = torch.from_numpy(lines)
+    if device.type != "cuda":
+        return table, table
+    table = table.pin_memory()
+    return table, table.to(device, non_blocking=True)
+
+
+def _options(kind: int) -> dict[str, object]:
+    """Everything but the arguments: constants and options of the compiler."""
+    limit = {"maxnreg": _REGISTERS} if PTX else {}
+    return {
+        "kind": kind, "ptx": PTX, "groups": GROUPS[kind], "vector": VECTOR[kind], "num_warps": WARPS,
+        "enable_fp_fusion": True, **limit,
+    }  # fmt: skip
+
+
+def _block(kind: int) -> int:
+    """Elements that a program reads at a time."""
+    return GROUPS[kind] * VECTOR[kind] * THREADS
 
 
 def _grid(x: Tensor) -> tuple[int]:
     """As many programs as the device holds at once, or one per block where there are fewer."""
-    blocks = triton.cdiv(x.numel(), _BLOCK)
-    if x.device.type != "cuda":
-        return (min(blocks, 4),)
-    return (min(blocks, _PROGRAMS_PER_SM * torch.cuda.get_device_properties(x.device).multi_processor_count),)
+    return (min(triton.cdiv(x.numel(), _block(_KIND[x.dtype])), _resident(x.device)),)
+
+
+def _resident(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 3
+    return _PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _on(device: torch.device) -> torch.cuda.device:

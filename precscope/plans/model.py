@@ -17,7 +17,7 @@ from .differences import PlanDiff, differences
 from .encoding import plain
 from .layers import Compute, Json, LayerPrecision, Number, Value, short_name
 from .lookup import Lookup
-from .table import html_of, text_of
+from .table import text_of
 
 
 def _layer(value: Any) -> Any:
@@ -174,7 +174,9 @@ class PrecisionPlan(Value):
         return text_of(self)
 
     def _repr_html_(self) -> str:
-        return html_of(self)
+        from ..reporting.notebook import plan_html
+
+        return plan_html(self)
 
 
 Phase.model_rebuild()

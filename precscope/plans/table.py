@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import re
 import textwrap
 from collections.abc import Sequence
@@ -17,8 +16,9 @@ if TYPE_CHECKING:
 _WIDTH = 80
 
 
-def text_of(plan: PrecisionPlan) -> str:
-    """The plan in lines of at most 80 characters: status, default, loss scale, phases, then a row per entry."""
+def text_of(plan: PrecisionPlan, *, width: int = _WIDTH) -> str:
+    """The plan in lines of at most `width` characters (60 or more): status, default, loss scale, phases, then a row per
+    entry."""
     counts = ", ".join(f"{fmt} {n}" for fmt, n in plan.counts().most_common())
     lines = [f"precision plan ({plan.status}); default: {plan.default}; entries: {counts or 'none'}"]
     if plan.loss_scale:
@@ -27,8 +27,8 @@ def text_of(plan: PrecisionPlan) -> str:
         lines.append(f"from step {phase.from_step}: {phase.precision or (phase.plan and phase.plan.default)}")
     if plan.confirmed:
         lines.append(confirmation_of(plan.confirmed))
-    lines = [line for long in lines for line in textwrap.wrap(long, _WIDTH, subsequent_indent="  ")]
-    return "\n".join([*lines, *_lines(_rows(plan), width=_WIDTH)])
+    lines = [line for long in lines for line in textwrap.wrap(long, width, subsequent_indent="  ")]
+    return "\n".join([*lines, *_lines(_rows(plan), width=width)])
 
 
 def confirmation_of(confirmed: dict[str, Any]) -> str:
@@ -49,12 +49,9 @@ def confirmation_of(confirmed: dict[str, Any]) -> str:
     return text
 
 
-def html_of(plan: PrecisionPlan) -> str:
-    """The plan's entries as an HTML table, names and reasons escaped."""
-    cells = [("default", str(plan.default), _first_reason([plan.default])), *_rows(plan)]
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in cells)
-    head = "<tr><th>modules</th><th>precision</th><th>why</th></tr>"
-    return f"<table><caption>precision plan ({plan.status})</caption>{head}{rows}</table>"
+def plan_lines(plan: PrecisionPlan) -> list[tuple[str, str, str]]:
+    """(modules, precision, first reason) of the default and of each row."""
+    return [("default", str(plan.default), _first_reason([plan.default])), *_rows(plan)]
 
 
 def _rows(plan: PrecisionPlan) -> list[tuple[str, str, str]]:

@@ -4,6 +4,9 @@ Each distinct tensor of a recorded step is reduced once, into a slot on its own 
 the slots linked to it. One tensor that is seen at two sites has one slot and two links. Nothing is copied to the host
 before `collect`, which makes one copy per device.
 
+What waits between two flushes is kept as numbers in arrays, not as objects: of a large model there would be a hundred
+thousand alive, and Python's garbage collector would go through all of them, time and again.
+
 Of W processes that train one model the loss is the mean over them, so that each sees gradients W times those of that
 loss: W is divided out like a loss scale (and not stored as one). Rows of all processes then add up to those of one
 process that takes their batches as micro-batches.
@@ -11,8 +14,11 @@ process that takes their batches as micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import math
+import mmap
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -26,6 +32,9 @@ from ..store import StatsWriter
 from .tensors import unseen
 
 Slot = tuple[str, int]  # device, row in that device's buffer
+_CHUNK = 1024  # rows put together at a time
+_BITS = 32  # step << 32 | number of the site; number of the device << 32 | slot
+_LOW = (1 << _BITS) - 1
 
 
 @dataclass
@@ -61,8 +70,8 @@ class Rows:
         )  # fmt: skip
 
     def write(self, writer: StatsWriter) -> None:
-        """Write them as one part."""
-        writer.write(self.steps, self.sites, self.table, self.loss_scale, self.ratios, self.changes)
+        """Write them as one part. To be followed by writer.tidy()."""
+        writer.write(self.steps, self.sites, self.table, self.loss_scale, self.ratios, self.changes, tidy=False)
 
 
 class Observations:
@@ -77,14 +86,16 @@ class Observations:
         self._processes, self._power = world, 1 << (world.bit_length() - 1)
         self._buffers: dict[str, SlotBuffer] = {}
         self._next: dict[str, int] = {}
-        self._rows: dict[tuple[int, Site], list[Slot]] = {}
+        self._devices: dict[str, int] = {}
+        self._sites: dict[Site, int] = {}  # all that were ever seen, and their numbers
+        self._rows: dict[int, int] = {}  # (step, site) -> its row
+        self._links, self._ratios = _Links(), _Links()
         self._sources: dict[Slot, str] = {}
-        self._ratios: dict[tuple[int, Site], list[Slot]] = {}
         self._scales: dict[int, float | torch.Tensor] = {}
-        self._unscaled: set[tuple[int, Site]] = set()
-        self._skipped: dict[tuple[int, Site], torch.Tensor] = {}
-        self._linked: set[Site] = set()
-        self._changes: dict[tuple[int, Site], torch.Tensor] = {}
+        self._unscaled: set[int] = set()
+        self._skipped: dict[int, torch.Tensor] = {}
+        self._linked: set[int] = set()
+        self._changes: dict[int, torch.Tensor] = {}
         self.used = 0
 
     def _slot(self, device: torch.device) -> tuple[SlotBuffer, Slot]:
@@ -94,8 +105,9 @@ class Observations:
             with torch.inference_mode(False):  # made inside inference mode, it could not be used outside
                 if buffer is None:
                     buffer = self._buffers[key] = SlotBuffer(device)
+                    self._devices[key] = len(self._devices)
                 else:
-                    buffer.grow(2 * buffer.capacity)
+                    buffer.grow(buffer.capacity + max(min(buffer.capacity, _CHUNK), buffer.capacity // 4))
         self._next[key] = index + 1
         self.used += 1
         return buffer, (key, index)
@@ -108,6 +120,15 @@ class Observations:
         return slot
 
     @unseen
+    def reduce_many(self, tensors: Sequence[torch.Tensor]) -> list[Slot]:
+        """`reduce` each of them: together, which is faster where they are small and many."""
+        found = [self._slot(x.device)[1] for x in tensors]
+        for device in dict.fromkeys(key for key, _ in found):
+            chosen = [(index, x) for (key, index), x in zip(found, tensors, strict=True) if key == device]
+            self._buffers[device].accumulate_many([i for i, _ in chosen], [x for _, x in chosen])
+        return found
+
+    @unseen
     def reduce_gradient(self, x: torch.Tensor) -> Slot:
         """Reduce a gradient of this process's own loss into a new slot."""
         buffer, slot = self._slot(x.device)
@@ -116,6 +137,20 @@ class Observations:
         if multiplier != 1:  # the buffer calls that a grid of its own; as with a loss scale, say what it was
             self._sources[slot] = get_format(str(x.dtype).removeprefix("torch.")).name
         return slot
+
+    def _key(self, step: int, site: Site) -> int:
+        return step << _BITS | self._sites.setdefault(site, len(self._sites))
+
+    def _code(self, slot: Slot) -> int:
+        return self._devices[slot[0]] << _BITS | slot[1]
+
+    def _link(self, step: int, site: Site, slot: Slot) -> int:
+        """Number of the row (step, site), which `slot` counts for now."""
+        key = self._key(step, site)
+        row = self._rows.setdefault(key, len(self._rows))
+        self._links.add(row, self._code(slot))
+        self._linked.add(key & _LOW)
+        return row
 
     def empty(self, device: torch.device) -> Slot:
         """A new slot for weights alone."""
@@ -128,7 +163,7 @@ class Observations:
 
     def set_changes(self, step: int, site: Site, changes: torch.Tensor) -> None:
         """What rounding the tensor of the row (step, site) to each of store.CHANGES does to the loss, float64 [4]."""
-        self._changes[step, site] = changes
+        self._changes[self._key(step, site)] = changes
 
     @unseen
     def reduce_update(self, step: int, sites: Iterable[Site], before: torch.Tensor, after: torch.Tensor) -> None:
@@ -137,18 +172,16 @@ class Observations:
         _, ratio = self._slot(after.device)
         buffer.accumulate_update(slot[1], ratio[1], before, after)
         for site in sites:
-            self.link(step, site, slot)
-            self._ratios.setdefault((step, site), []).append(ratio)
+            self._ratios.add(self._link(step, site, slot), self._code(ratio))
 
     def link(self, step: int, site: Site, slot: Slot) -> None:
         """Let `slot` count for the row (step, site)."""
-        self._rows.setdefault((step, site), []).append(slot)
-        self._linked.add(site)
+        self._link(step, site, slot)
 
     def link_unscaled(self, step: int, site: Site, slot: Slot) -> None:
         """Like `link`, for a gradient out of which the loss scale and the number of processes were divided already."""
-        self.link(step, site, slot)
-        self._unscaled.add((step, site))
+        self._link(step, site, slot)
+        self._unscaled.add(self._key(step, site))
 
     def begin_step(self) -> None:
         """A step begins: no site has been seen in it."""
@@ -156,7 +189,7 @@ class Observations:
 
     def has(self, site: Site) -> bool:
         """Whether `site` was seen in the running step, flushed or not."""
-        return site in self._linked
+        return self._sites.get(site) in self._linked
 
     def set_scale(self, step: int, scale: float | torch.Tensor) -> None:
         """Remember the loss scale that multiplied this step's gradients (the first one told wins)."""
@@ -169,16 +202,20 @@ class Observations:
     def drop_updates_if(self, step: int, sites: Iterable[Site], flag: torch.Tensor) -> None:
         """Leave the update rows (step, sites) out where `flag` turns out to be non-zero: the optimizer did not step."""
         for site in sites:
-            self._skipped[step, site] = flag
+            self._skipped[self._key(step, site)] = flag
 
     @unseen
     def collect(self) -> Rows:
         """All rows, on the host. They are forgotten here, so that a full disk cannot grow the memory of the run."""
         try:
-            skipped = _on_host({row: flag.reshape(-1).float().amax(0, keepdim=True) for row, flag in
-                                self._skipped.items()})  # fmt: skip
-            keys = [row for row in self._rows if not skipped.get(row, [0.0])[0]]
-            return self._read(keys) if keys else Rows(np.zeros(0, np.int64), [], StatsTable.empty(0), np.zeros(0))
+            keys = np.fromiter(self._rows, np.int64, len(self._rows))
+            flags = _on_host({self._rows[key]: flag.reshape(-1).float().amax(0, keepdim=True) for key, flag in
+                              self._skipped.items() if key in self._rows})  # fmt: skip
+            kept = np.ones(len(keys), bool)
+            kept[[row for row, flag in flags.items() if flag[0]]] = False
+            if not kept.any():
+                return Rows(np.zeros(0, np.int64), [], StatsTable.empty(0), np.zeros(0))
+            return self._read(keys[kept], np.where(kept, np.cumsum(kept) - 1, -1))
         finally:
             self._clear()
 
@@ -186,47 +223,44 @@ class Observations:
         """Write all rows as one part and forget them. Returns the number of rows written."""
         rows = self.collect()
         rows.write(writer)
+        writer.tidy()
         return len(rows)
 
-    def _read(self, keys: list[tuple[int, Site]]) -> Rows:
-        offsets, tables = {}, []
+    def _read(self, keys: np.ndarray, place: np.ndarray) -> Rows:
+        """keys: int64[S], of the rows that are wanted. place: which of them each row is, -1 for the others."""
+        offsets, tables = np.zeros(len(self._devices), np.int64), []
         for device, buffer in self._buffers.items():
-            offsets[device] = sum(len(t.zeros) for t in tables)
+            offsets[self._devices[device]] = sum(len(t.zeros) for t in tables)
             tables.append(buffer.read(self._next[device]))
-        everything = StatsTable.concat(tables)
+        everything = tables[0] if len(tables) == 1 else StatsTable.concat(tables)
         for (device, index), source in self._sources.items():
-            everything.source[offsets[device] + index] = source
-        links = [(offsets[d] + i, row) for row, key in enumerate(keys) for d, i in self._rows[key]]
-        slots, owners = np.asarray(links, np.int64).T
-        table = everything.take(slots).group(owners, len(keys))
-        ratios = {}
-        for i, key in enumerate(keys):
-            if key in self._ratios:
-                at = [offsets[device] + index for device, index in self._ratios[key]]
-                ratios[i] = (
-                    everything.counts[at].sum(0), int(everything.zeros[at].sum()), int(everything.pos_inf[at].sum())
-                )  # fmt: skip
+            everything.source[offsets[self._devices[device]] + index] = source
+        steps, names = keys >> _BITS, list(self._sites)
+        sites = [names[number] for number in (keys & _LOW).tolist()]
+        scale, divisor, reduced = self._divisors(keys, sites)
+        table = _rows_of(everything, *self._links.sorted(place, offsets), divisor)
+        ratios = _ratios_of(everything, *self._ratios.sorted(place, offsets))
         found = _on_host(self._changes)
-        changes = {i: found[key] for i, key in enumerate(keys) if key in found}
-        scale, divisor, reduced = self._divisors(keys)
-        self._share(table, keys)
-        steps = np.asarray([step for step, _ in keys], np.int64)
-        return Rows(steps, [s for _, s in keys], unscaled(table, divisor), scale, ratios, changes, reduced)
+        at = {key: int(place[self._rows[key]]) for key in found if key in self._rows}
+        changes = {row: found[key] for key, row in at.items() if row >= 0}
+        self._share(table, sites)
+        return Rows(steps, sites, table, scale, ratios, changes, reduced)
 
-    def _divisors(self, keys: list[tuple[int, Site]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _divisors(self, keys: np.ndarray, sites: list[Site]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(loss scale, by what to divide, whether it is a gradient of all processes already), for each row."""
-        known = {step: float(s) for step, s in self._scales.items()}
-        gradient = np.asarray([site.role.is_gradient for _, site in keys])
-        reduced = np.asarray([key in self._unscaled for key in keys])
-        scale = np.asarray([known.get(step, 1.0) for step, _ in keys])
+        roles = {role: role.is_gradient for role in Role}
+        gradient = np.asarray([roles[site.role] for site in sites])
+        reduced = np.isin(keys, np.fromiter(self._unscaled, np.int64, len(self._unscaled)))
+        at, where = np.unique(keys >> _BITS, return_inverse=True)
+        scale = np.asarray([float(self._scales.get(step, 1.0)) for step in at.tolist()])[where]
         scale = np.where(gradient & ~reduced, scale, 1.0)
         return scale, np.where(gradient & ~reduced, scale * self._power, 1.0), reduced
 
-    def _share(self, table: StatsTable, keys: list[tuple[int, Site]]) -> None:
+    def _share(self, table: StatsTable, sites: list[Site]) -> None:
         """Weights of activations are squares of gradients, W^2 times those of the mean loss. Those of parameters are of
         gradients that were averaged already."""
         if table.weights is not None and self._processes > 1:
-            activations = [i for i, (_, site) in enumerate(keys) if site.role is not Role.WEIGHT]
+            activations = [i for i, site in enumerate(sites) if site.role is not Role.WEIGHT]
             table.weights[activations] /= self._processes**2
 
     def _clear(self) -> None:
@@ -235,13 +269,85 @@ class Observations:
                 buffer.clear(self._next[key])
             self._next[key] = 0
         self._rows.clear()
+        self._links, self._ratios = _Links(), _Links()
         self._sources.clear()
-        self._ratios.clear()
         self._scales.clear()
         self._unscaled.clear()
         self._skipped.clear()
         self._changes.clear()
         self.used = 0
+
+
+class _Links:
+    """Pairs of a row and a slot that counts for it."""
+
+    def __init__(self) -> None:
+        self._rows, self._slots = array("q"), array("q")
+
+    def add(self, row: int, slot: int) -> None:
+        self._rows.append(row)
+        self._slots.append(slot)
+
+    def sorted(self, place: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(row, slot) of each link, by row, those of one row in the order of linking: two int64 arrays. place, offsets:
+        where rows, and the slots of each device, have come to lie; links of rows at -1 are left out."""
+        rows = place[np.frombuffer(self._rows, np.int64)] if len(self._rows) else np.zeros(0, np.int64)
+        slots = np.frombuffer(self._slots, np.int64) if len(rows) else rows
+        order = np.argsort(rows, kind="stable")
+        order = order[np.count_nonzero(rows < 0) :]
+        return rows[order], offsets[slots[order] >> _BITS] + (slots[order] & _LOW)
+
+
+def _rows_of(everything: StatsTable, rows: np.ndarray, slots: np.ndarray, divisor: np.ndarray) -> StatsTable:
+    """The sums of each row's slots, divided as `unscaled` does, a few rows at a time: a large model's histograms take
+    25 MB, and would be held five times over. rows, slots: see `_Links.sorted`; each row has one slot or more."""
+    out = StatsTable.empty(len(divisor))
+    out.counts = _returned(out.counts.shape)
+    if everything.weights is not None:
+        out.weights = np.empty(out.counts.shape)
+    for start in range(0, len(divisor), _CHUNK):
+        a, b = np.searchsorted(rows, [start, start + _CHUNK])
+        table = _summed(everything, rows[a:b] - start, slots[a:b])
+        table = unscaled(table, divisor[start : start + _CHUNK])
+        for column in fields(StatsTable):
+            if (into := getattr(out, column.name)) is not None:
+                into[start : start + _CHUNK] = getattr(table, column.name)
+    return out
+
+
+def _summed(everything: StatsTable, owners: np.ndarray, slots: np.ndarray) -> StatsTable:
+    """everything.take(slots).group(owners), where only rows of several slots need the grouping. owners ascend."""
+    _, first, times = np.unique(owners, return_index=True, return_counts=True)
+    table = everything.take(slots[first])
+    table.source_exponent[table.count == 0] = 0
+    several = np.flatnonzero(times > 1)
+    if len(several):
+        links = np.repeat(times > 1, times)
+        keys = np.repeat(np.arange(len(several)), times[several])
+        sums = everything.take(slots[links]).group(keys, len(several))
+        for column in fields(StatsTable):
+            if (into := getattr(table, column.name)) is not None:
+                into[several] = getattr(sums, column.name)
+    return table
+
+
+def _ratios_of(everything: StatsTable, rows: np.ndarray, slots: np.ndarray) -> dict[int, tuple[np.ndarray, int, int]]:
+    """See StatsWriter.write: the sums of the slots that tell of each row's update against what was there before."""
+    if not len(rows):
+        return {}
+    owners, first = np.unique(rows, return_index=True)
+    columns = (everything.counts, everything.zeros, everything.pos_inf)
+    counts, zeros, left = (column[slots] for column in columns)
+    if len(owners) < len(rows):
+        counts, zeros, left = (np.add.reduceat(column, first, axis=0) for column in (counts, zeros, left))
+    return dict(zip(owners.tolist(), zip(counts, zeros.tolist(), left.tolist(), strict=True), strict=True))
+
+
+def _returned(shape: tuple[int, ...]) -> np.ndarray:
+    """int64 zeros in pages of their own, which the system has back when they are freed. From the allocator, whose
+    holes the next flush does not quite fit, a model of 10,000 sites took 20 MB more."""
+    pages = mmap.mmap(-1, max(8 * math.prod(shape), 1))
+    return np.frombuffer(pages, np.int64, count=math.prod(shape)).reshape(shape)
 
 
 def _on_host(tensors: dict[Any, torch.Tensor]) -> dict[Any, list[float]]:
@@ -255,8 +361,11 @@ def _on_host(tensors: dict[Any, torch.Tensor]) -> dict[Any, list[float]]:
 
 def unscaled(table: StatsTable, scale: np.ndarray) -> StatsTable:
     """Divide the loss scale out of each row: exact for powers of two. For another scale the scalars are exact and the
-    histogram moves by floor(log2 scale), so that an element may be counted one binade too high."""
+    histogram moves by floor(log2 scale), so that an element may be counted one binade too high. The table itself where
+    there is nothing to divide by."""
     scale = np.where(np.isfinite(scale) & (scale > 0), scale, 1.0)
+    if (scale == 1).all():
+        return table
     mantissa, exponent = np.frexp(scale)
     shifted = table.shift(-(exponent.astype(np.int64) - 1))
     rest = 2 * mantissa

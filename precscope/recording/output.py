@@ -72,11 +72,15 @@ class Output:
         """Write the rows of all processes as one part, and forget them. All processes must come here."""
         rows = self.ranks.merge(observations.collect())
         if rows is not None and len(rows):
-            rows.write(self._writer(kind))
+            writer = self._writer(kind)
+            rows.write(writer)
+            del rows  # of a large model 25 MB, which putting parts together can use
+            writer.tidy()
 
     def drop(self, step: int) -> None:
         """Take out what was written of `step` and later ones."""
         if self.ranks.writes:
+            self._writers.clear()  # they have kept sums of what goes
             drop_all_steps(self.directory, step, below=self._merge)
 
     def truth(self, truth: Truth, records: OpRecords | None, step: int) -> None:
@@ -102,6 +106,8 @@ class Output:
 
     def end(self, content: dict[str, Any], error: BaseException | None) -> None:
         """Complete run.json; a process that does not write it leaves in its own directory what ended it."""
+        for writer in self._writers.values():
+            writer.close()
         if error is not None:
             content["error"] = f"{type(error).__name__}: {error}"
         if self.ranks.writes:

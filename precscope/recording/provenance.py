@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 import time
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from .. import __version__
+from ..store import this_command
 
 
 def provenance(model: nn.Module) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def provenance(model: nn.Module) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "model": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "command": " ".join(sys.argv),
+        "command": this_command(),
         "pid": os.getpid(),
         "started": now(),
     }

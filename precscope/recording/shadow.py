@@ -277,7 +277,8 @@ class ShadowStep:
             sites_of.append(sites[0])
         losses = torch.stack([total.double().cpu(), torch.as_tensor(_number(loss)).detach().double().cpu().reshape(())])
         losses = self.ranks.mean(losses)
-        rows = torch.stack([m.cpu() for m in moments]) if moments else torch.zeros(0, 4, dtype=torch.float64)
+        # one copy to the host, not one wait per parameter
+        rows = torch.stack([m.to(moments[0].device) for m in moments]).cpu() if moments else torch.zeros(0, 4).double()
         rows = self.ranks.total(rows, sites_of)
         figures = [_figures(*row) for row in rows.tolist()]
         loss_fp32, loss_low = losses.tolist()

@@ -156,6 +156,7 @@ class OptimizerWatcher:
         found_inf = getattr(optimizer, "found_inf", None)
         if isinstance(found_inf, torch.Tensor):  # a fused optimizer decides on the device whether it steps
             found_inf = found_inf.detach().clone()
+        states: list[tuple[list[Site], torch.Tensor]] = []
         for parameter in _parameters(optimizer):
             before = self._before.pop(parameter, None)
             after = dense(parameter)
@@ -166,19 +167,21 @@ class OptimizerWatcher:
             self._observations.reduce_update(self._step, update_sites, before, after)
             if isinstance(found_inf, torch.Tensor):
                 self._observations.drop_updates_if(self._step, update_sites, found_inf)
-            self._record_state(optimizer.state.get(parameter, {}), sites)
+            states += _state(optimizer.state.get(parameter, {}), sites)
+        slots = self._observations.reduce_many([values for _, values in states])
+        for (state_sites, _), slot in zip(states, slots, strict=True):
+            for site in state_sites:
+                self._observations.link(self._step, site, slot)
 
-    def _record_state(self, state: dict[str, Any], sites: list[Site]) -> None:
-        assert self._step is not None
-        for key, value in state.items():
-            if key == "compensation":
-                continue  # the lower half of a parameter's bits (training/parameters.py): no numbers by themselves
-            values = dense(value) if isinstance(value, torch.Tensor) and value.dim() > 0 else None
-            if values is None:
-                continue
-            slot = self._observations.reduce(values)
-            for site in sites:
-                self._observations.link(self._step, Site(site.module, Role.STATE, 0, f"{site.tensor}.{key}"), slot)
+
+def _state(state: dict[str, Any], sites: list[Site]) -> Iterable[tuple[list[Site], torch.Tensor]]:
+    """(sites, values) of a parameter's optimizer state."""
+    for key, value in state.items():
+        if key == "compensation":
+            continue  # the lower half of a parameter's bits (training/parameters.py): no numbers by themselves
+        values = dense(value) if isinstance(value, torch.Tensor) and value.dim() > 0 else None
+        if values is not None:
+            yield [Site(s.module, Role.STATE, 0, f"{s.tensor}.{key}") for s in sites], values
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:

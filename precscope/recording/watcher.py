@@ -323,13 +323,11 @@ class Watcher:
         assert self._step is not None
         self._weights_done = True
         with torch.no_grad():
-            for tensor, sites in self.owners.items():
-                values = self._weight_values(tensor)
-                if values is None:
-                    continue
-                slot = self.weight_slots[tensor] = self._observations.reduce(values)
-                for site in sites:
-                    self._observations.link(self._step, site, slot)
+            values = {tensor: x for tensor in self.owners if (x := self._weight_values(tensor)) is not None}
+            self.weight_slots.update(zip(values, self._observations.reduce_many(list(values.values())), strict=True))
+            for tensor in values:
+                for site in self.owners[tensor]:
+                    self._observations.link(self._step, site, self.weight_slots[tensor])
 
     def _weight_values(self, tensor: torch.Tensor) -> torch.Tensor | None:
         return dense(tensor)

@@ -1,6 +1,6 @@
-"""What a user sees of a run: the HTML report, terminal tables, Markdown, static figures. Needs no torch.
+"""What a user sees of a run: the HTML report, terminal tables, Markdown, notebook views. Needs no torch.
 
-view.py gathers plain rows from a profile, a plan and runs; html, text and figures render them.
+view.py gathers plain rows from a profile, a plan and runs; html, text and markdown render them, plotting draws some.
 """
 
 from __future__ import annotations

@@ -54,17 +54,20 @@ def lead(material: Material) -> str:
 
 
 def _lead_without_plan(material: Material) -> str:
-    answers = []
+    answers, broken = [], False
     for fmt in material.formats:
         frame = material.ask(fmt, FORWARD)
         bad = int((frame.overflow_lo > 0).sum())
+        broken = broken or bool((frame.nonfinite > 0).any())
         if not len(frame):
             return "Nothing was recorded yet: the run holds no statistics."
         if bad:
             answers.append(f"{fmt} would overflow at {bad} of {plural(len(frame), 'forward tensor')}")
         else:
             answers.append(f"{fmt} holds all {plural(len(frame), 'forward tensor')}")
-    return "; ".join(answers) + ". No plan was made yet."
+    said = "The run failed. " if material.failed else ""
+    said += "Of the values that were finite: " if broken else ""
+    return said + "; ".join(answers) + ". No plan was made yet."
 
 
 def facts(material: Material) -> tuple[Fact, ...]:

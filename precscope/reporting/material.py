@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from ..advice.headroom import Headroom
-    from ..comparison import RunRow
+    from ..comparison import Against, RunRow
     from ..plans import PrecisionPlan
 
 GRADIENTS = ("grad_input", "grad_output", "grad_weight")
@@ -28,18 +28,25 @@ WIDE = 100  # a format whose largest exponent is this or more has the range of f
 
 @dataclass(frozen=True)
 class Material:
-    """What the verdict is made from. runs, baseline: rows of a comparison and the name of the run they refer to."""
+    """What the verdict is made from. runs, baseline: rows of a comparison and the name of the run they refer to.
+    pairs: the other runs against it."""
 
     profile: Profile
     plan: PrecisionPlan | None
     rows: tuple[PlanRow, ...]
     runs: tuple[RunRow, ...]
     baseline: str
+    pairs: tuple[Against, ...] = ()
 
     @property
     def confirmed(self) -> bool:
         """Whether a measurement confirmed the plan."""
         return self.plan is not None and self.plan.status == "confirmed"
+
+    @property
+    def failed(self) -> bool:
+        """Whether the recorded run ended with an error."""
+        return self.profile.run.get("status") == "failed"
 
     @property
     def low(self) -> list[PlanRow]:
@@ -99,8 +106,9 @@ def head_room(fmt: FloatFormat, amax: float) -> float:
 
 
 def site_name(row: Any) -> str:
-    """Module and role of a row of Profile.ask in one: "blocks.0.fc1.output"."""
-    return str(Site(row.module, Role(row.role), int(row.call)))
+    """Module and role of a row of Profile.ask in one: "blocks.0.fc1.output", "[bias]" behind it where a row is one of
+    several tensors."""
+    return str(Site(row.module, Role(row.role), int(row.call), getattr(row, "tensor", "")))
 
 
 def overall(frame: pd.DataFrame, column: str) -> float | None:

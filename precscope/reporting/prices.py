@@ -3,7 +3,7 @@ gradient-weighted histograms of the shadow steps, and what really rounding a par
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,8 +37,10 @@ def priced_steps(profile: Profile) -> int:
     return len(profile.shadow.steps) if profile.shadow is not None else 0
 
 
-def site_prices(profile: Profile, sites: Sequence[Site]) -> list[tuple[Price, ...] | None]:
-    """Per site (of one module, role and call) its prices; None where no gradient is known.
+def site_prices(
+    profile: Profile, sites: Sequence[Site], merge: Callable[[Site], Site] | None = None
+) -> list[tuple[Price, ...] | None]:
+    """Per site (of one module, role and call) its prices; None where no gradient is known. merge: as in `site_rows`.
 
     Tensors whose rounding is answered alike are one price: most sites have a single one.
     """
@@ -51,7 +53,8 @@ def site_prices(profile: Profile, sites: Sequence[Site]) -> list[tuple[Price, ..
         one = _price(priced, i, weights[i])
         own = bool(one.alone or one.rounded or not np.isfinite(weights[i]).all())
         key = i if own else (one.source, one.source_exponent)
-        of_site = found.setdefault(priced.sites[i]._replace(tensor=""), {})
+        site = priced.sites[i]._replace(tensor="")
+        of_site = found.setdefault(site if merge is None else merge(site), {})
         of_site[key] = _sum(of_site[key], one) if key in of_site else one
     return [tuple(found[site].values()) if site in found else None for site in sites]
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .. import __version__
 from ..profiles import Profile
-from ..store import SCHEMA
+from ..store import SCHEMA, this_command
+from .courses import run_names
+from .downloads import SCHEMA as TABLES
 from .numbers import number
 
 if TYPE_CHECKING:
+    from ..comparison import Comparison
     from ..plans import PrecisionPlan
 
 Pairs = tuple[tuple[str, str], ...]
@@ -27,11 +31,16 @@ _RUN = (
     "command",
 )
 _MACHINE = ("device", "device_name", "threads", "precscope", "torch", "python")
+_COMPARED = ("directory", "precision", "status", "error", "seed", "seeds", "steps", "resumed_from", "started",
+             "finished", "command", "note", "device", "device_name", "precscope", "torch", "python",
+             "schema")  # fmt: skip
 _HIDDEN = ("pid", "schema", "result", "rank")
 
 
-def provenance(profile: Profile, plan: PrecisionPlan | None) -> tuple[tuple[str, Pairs], ...]:
-    """(heading, ((key, value), ...)) for everything known of how the run and the plan were made."""
+def provenance(
+    profile: Profile, plan: PrecisionPlan | None, comparison: Comparison | None = None
+) -> tuple[tuple[str, Pairs], ...]:
+    """(heading, ((key, value), ...)) for everything known of how the run, the plan and the runs compared were made."""
     run = dict(profile.run)
     steps = profile.steps
     what = [("run directory", str(profile.path)), *_pick(run, _RUN)]
@@ -54,8 +63,23 @@ def provenance(profile: Profile, plan: PrecisionPlan | None) -> tuple[tuple[str,
     ]
     if plan is not None:
         schemas.append(("plan.json", getattr(plan, "schema_number", None) or getattr(plan, "schema", None)))
+    schemas.append(("tables of this page", TABLES))
     known = tuple((k, str(v)) for k, v in schemas if isinstance(v, int | str))
-    return tuple(s for s in [*sections, ("Schema numbers", known)] if s[1])
+    sections.append(("This report", (("precscope", __version__), ("command", this_command()))))
+    return tuple(s for s in [*sections, *_compared(comparison), ("Schema numbers", known)] if s[1])
+
+
+def _compared(comparison: Comparison | None) -> list[tuple[str, Pairs]]:
+    """A section per training run: what made it."""
+    if comparison is None:
+        return []
+    sections = []
+    for name, group in zip(run_names(comparison), comparison.groups, strict=True):
+        about = {**group.run.about, "directory": str(group.run.path)}
+        if len(group.seeds) > 1:
+            about["seeds"] = sorted(group.seeds)
+        sections.append((f"Run compared: {name}", tuple(_pick(about, _COMPARED))))
+    return sections
 
 
 def _pick(content: dict[str, Any], keys: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -69,6 +93,9 @@ def _flat(content: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         name = f"{prefix}{key}".replace("_", " ")
         if isinstance(value, dict):
             pairs += _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+            for number, one in enumerate(value, 1):
+                pairs += _flat(one, f"{prefix}{key}.{number}." if len(value) > 1 else f"{prefix}{key}.")
         elif value not in (None, "", [], ()):
             pairs.append((name, _text(value)))
     return pairs
@@ -82,6 +109,7 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return number(value)
     if isinstance(value, list | tuple):
-        text = ", ".join(_text(v) for v in value[:40])
-        return text + (f" and {len(value) - 40} more" if len(value) > 40 else "")
+        most = 6 if all(isinstance(v, str) for v in value) else 40
+        text = ", ".join(_text(v) for v in value[:most])
+        return text + (f" and {len(value) - most} more" if len(value) > most else "")
     return str(value)

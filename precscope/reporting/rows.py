@@ -1,12 +1,10 @@
-"""Plain rows that a report is made of: sentences, figures, sites, modules of a plan, loss curves."""
+"""Plain rows that a report is made of: sentences, figures, sites, modules of a plan."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,7 +68,7 @@ class SiteRow:
     @property
     def name(self) -> str:
         """Module and role in one: "blocks.0.fc1.output", "#2" behind the module for its third call."""
-        return f"{self.module or '(root)'}{f'#{self.call}' if self.call else ''}.{self.role}"
+        return str(Site(self.module, Role(self.role), self.call))
 
 
 @dataclass(frozen=True)
@@ -91,6 +89,7 @@ class PlanRow:
     reasons: tuple[str, ...]
     label: str = ""
     count: int = 1
+    evidence: dict[str, Any] = field(default_factory=dict, hash=False, repr=False)
 
     @property
     def low(self) -> bool:
@@ -98,23 +97,22 @@ class PlanRow:
         return get_format(self.compute).bits < 19
 
 
-@dataclass(frozen=True)
-class Curve:
-    """The loss of one run over its steps; thinned by averaging neighbours where the run is long."""
+def site_rows(
+    profile: Profile, *, by: str = "site", merge: Callable[[Site], Site] | None = None
+) -> tuple[tuple[int, ...], tuple[SiteRow, ...]]:
+    """(steps, a row per site): the statistics in the model's order, with their history over `steps`.
 
-    run: str
-    precision: str
-    steps: tuple[int, ...]
-    losses: tuple[float | None, ...]
-
-
-def site_rows(profile: Profile, *, by: str = "site") -> tuple[tuple[int, ...], tuple[SiteRow, ...]]:
-    """(steps, a row per site): the statistics in the model's order, with their history over `steps`."""
+    merge: site -> the site that it is counted to, for example `alike.alike`.
+    """
     sites, table = profile.merged(by)
     order = _model_order(profile, sites)
     sites, table = [sites[i] for i in order], table.take(np.asarray(order, np.int64))
-    steps, history, broken = _history(profile, sites)
-    prices = site_prices(profile, sites) if by == "site" else [None] * len(sites)
+    if merge is not None:
+        places: dict[Site, int] = {}
+        to = [places.setdefault(merge(s), len(places)) for s in sites]
+        sites, table = list(places), table.group(np.asarray(to, np.int64), len(places))
+    steps, history, broken = _history(profile, sites, merge)
+    prices = site_prices(profile, sites, merge) if by == "site" else [None] * len(sites)
     counts, nonfinite = table.count.tolist(), table.nonfinite.tolist()
     rows = []
     for i, site in enumerate(sites):
@@ -151,28 +149,28 @@ def _model_order(profile: Profile, sites: Sequence[Site]) -> list[int]:
     return sorted(range(len(sites)), key=lambda i: (place[sites[i].module], sites[i].call, roles.index(sites[i].role)))
 
 
-def _history(profile: Profile, sites: Sequence[Site]) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
-    """Steps, amax float64[sites, steps] (0 where absent) and non-finite counts int64[sites, steps]."""
-    frame = profile.history()
-    if not len(frame) or not sites:
+def _history(
+    profile: Profile, sites: Sequence[Site], merge: Callable[[Site], Site] | None = None
+) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
+    """Steps, amax float64[sites, steps] (0 where absent), and int64[sites, steps], 0 where all values were finite."""
+    peaks = profile.peaks
+    if not len(peaks.steps) or not sites:
         return (), np.zeros((len(sites), 0)), np.zeros((len(sites), 0), np.int64)
-    steps, at = np.unique(frame.step.to_numpy(), return_inverse=True)
+    steps = peaks.steps
     bins = min(len(steps), max(12, min(160, _HISTORY_CELLS // len(sites))))
     bin_of = np.arange(len(steps)) * bins // len(steps)
-    groups = frame.groupby(["module", "role", "call"], sort=False, observed=True)
+    starts = np.unique(bin_of, return_index=True)[1]
     keys = {key: i for i, key in enumerate((s.module, s.role.value, s.call) for s in sites)}
-    number = groups.ngroup().to_numpy()
-    first = frame.iloc[np.unique(number, return_index=True)[1]]
-    to_site = [keys.get(key, -1) for key in zip(first.module, first.role, first.call, strict=True)]
-    row = np.asarray(to_site)[number]
-    keep = row >= 0
-    cell = row[keep], bin_of[at[keep]]
-    amax = np.zeros((len(sites), bins))
-    np.maximum.at(amax, cell, np.nan_to_num(frame.amax.to_numpy()[keep], posinf=0.0))
-    broken = np.zeros((len(sites), bins), np.int64)
-    np.add.at(broken, cell, (frame.pos_inf + frame.neg_inf + frame.nan).to_numpy()[keep])
-    starts = steps[np.unique(bin_of, return_index=True)[1]]
-    return tuple(int(s) for s in starts), amax, broken
+    if merge is not None:
+        merged = {(s.module, s.role.value, s.call): merge(s) for s in dict.fromkeys(profile.sites)}
+        keys = {key: keys.get((to.module, to.role.value, to.call), -1) for key, to in merged.items()}
+    row = np.asarray([keys.get((s.module, s.role.value, s.call), -1) for s in peaks.sites], np.int64)
+    keep = np.flatnonzero(row >= 0)
+    amax, broken = np.zeros((len(sites), bins)), np.zeros((len(sites), bins), np.int64)
+    largest = np.nan_to_num(peaks.amax[keep], nan=0.0, posinf=0.0)
+    np.maximum.at(amax, row[keep], np.maximum.reduceat(largest, starts, axis=1))
+    np.maximum.at(broken, row[keep], np.maximum.reduceat(peaks.broken[keep], starts, axis=1))
+    return tuple(int(s) for s in steps[starts]), amax, broken
 
 
 def plan_rows(profile: Profile, plan: PrecisionPlan) -> tuple[PlanRow, ...]:
@@ -198,6 +196,7 @@ def plan_rows(profile: Profile, plan: PrecisionPlan) -> tuple[PlanRow, ...]:
                 flops_share=(known.get("flops") or 0) / total if total else None,
                 parameters=known.get("own_params"),
                 reasons=tuple(getattr(r, "text", None) or str(r) for r in layer.reasons),
+                evidence=dict(layer.evidence or {}),
             )
         )
     return tuple(rows)
@@ -244,17 +243,3 @@ def _ranges(numbers: list[int]) -> str:
         else:
             runs.append([n, n])
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def curve(run: str | Path, *, points: int = 400) -> Curve:
-    """The loss curve of a run directory, averaged over neighbouring steps to at most `points` points."""
-    import pandas as pd
-
-    run = Path(run)
-    log = pd.read_parquet(run / "train.parquet", columns=["step", "loss"])
-    file = run / "run.json"
-    about = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    group = np.arange(len(log)) * min(points, len(log)) // max(len(log), 1)
-    thin = log.groupby(group).agg({"step": "first", "loss": "mean"})
-    losses = tuple(x if np.isfinite(x) else None for x in thin.loss.tolist())
-    return Curve(run.name, str(about.get("precision", "?")), tuple(int(s) for s in thin.step), losses)

@@ -6,6 +6,7 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from ..formats import get_format
+from .material import site_name
 from .numbers import MISSING, fixed, interval, number, percent, plural, shorten
 from .text import columns, line_width
 
@@ -68,7 +69,7 @@ def forecast_table(
     head = ("tensor", "amax", "room", "in half", "at least", "chance", "from..to")
     body = [
         (
-            f"{row.module or '(root)'}{f'#{row.call}' if row.call else ''}.{row.role}", number(row.amax_now),
+            site_name(row), number(row.amax_now),
             fixed(row.headroom), fixed(row.headroom_ahead), fixed(row.headroom_least), _chance(row.p_overflow),
             MISSING if row.p_lo != row.p_lo else f"{_chance(row.p_lo)}..{_chance(row.p_hi)}",
         )

@@ -1,4 +1,4 @@
-"""Tables and verdicts as plain text: good in 80 columns, in a pipe and in CI logs; Markdown for pull requests.
+"""Tables and verdicts as plain text: good in 80 columns, in a pipe and in CI logs.
 
 No colour codes and no cut figures: where a table is too wide, names lose their middle and reasons wrap.
 """
@@ -10,7 +10,8 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .numbers import MISSING, bytes_text, count_text, figure, fixed, interval, number, percent, plural, shorten
+from .material import site_name
+from .numbers import MISSING, bytes_text, figure, fixed, interval, number, percent, plural, shorten
 from .rows import PlanRow, group_rows
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from ..plans import PrecisionPlan
     from .view import View
 
+_HALVES = (0, 1, 2, 3, 4, 5), (0, 6, 7, 8, 9)  # columns of the table of runs, where the terminal is narrow
 _MARKS = {"good": "+", "care": "!", "bad": "X", "note": "-"}
-_MARKDOWN_MARKS = {"good": "✅", "care": "⚠️", "bad": "❌", "note": "ℹ️"}
 
 
 def compare_table(rows: Iterable[RunRow], *, width: int | None = None) -> str:
@@ -36,7 +37,7 @@ def compare_table(rows: Iterable[RunRow], *, width: int | None = None) -> str:
             r.run if r.status in ("done", "?") else f"{r.run} ({r.status})",
             figure(r.train_loss),
             figure(r.eval_loss),
-            _signed(r.eval_change),
+            signed(r.eval_change),
             figure(r.step_time_ms),
             f"{r.speed:.2f}x" if r.speed == r.speed else MISSING,
             bytes_text(r.peak_memory_bytes),
@@ -48,8 +49,14 @@ def compare_table(rows: Iterable[RunRow], *, width: int | None = None) -> str:
     ]
     notes = [f"{r.run}: {r.note}" for r in rows if r.note]
     key = "train, held-out: final losses; skip, inf: skipped and non-finite steps; low: FLOPs in low precision"
-    lines = [*columns(head, body, width=width), *_wrapped([*notes, key], width)]
-    return "\n".join(lines)
+    lines = columns(head, body, width=width)
+    if max(map(len, lines)) > line_width(width):  # no column is left out, and no figure is cut: two tables
+        lines = [line for part in _HALVES for line in _part(head, body, part, width)]
+    return "\n".join([*lines, *_wrapped([*notes, key], width)])
+
+
+def _part(head: Sequence[str], body: Sequence[Sequence[str]], part: Sequence[int], width: int | None) -> list[str]:
+    return columns([head[i] for i in part], [[row[i] for i in part] for row in body], width=width)
 
 
 def ask_table(table: pd.DataFrame, *, total: int | None = None, width: int | None = None) -> str:
@@ -64,7 +71,7 @@ def ask_table(table: pd.DataFrame, *, total: int | None = None, width: int | Non
     head = ["tensor", "amax", "overflow", "flushed", "subnorm", "SQNR", "noise"]
     body = [
         [
-            _site(row), number(row.amax), interval(row.overflow_lo, row.overflow_hi), percent(row.flushed),
+            site_name(row), number(row.amax), interval(row.overflow_lo, row.overflow_hi), percent(row.flushed),
             percent(row.subnormal), fixed(row.sqnr_db), number(row.loss_noise),
         ]
         for row in table.itertuples(index=False)
@@ -107,60 +114,30 @@ def plan_table(plan: PrecisionPlan | Sequence[PlanRow], *, width: int | None = N
 def verdict_text(view: View, *, width: int | None = None) -> str:
     """The verdict and the comparison as text."""
     width = line_width(width)
-    lines = [view.title, "=" * min(len(view.title), width), *textwrap.wrap(view.subtitle, width), ""]
-    lines += [*textwrap.wrap(view.lead, width), ""]
+    lines = [clean(view.title), "=" * min(len(view.title), width), *textwrap.wrap(clean(view.subtitle), width), ""]
+    lines += [*textwrap.wrap(clean(view.lead), width), ""]
+    if view.facts:
+        lines += [*_facts(view, width), ""]
     for s in view.statements:
-        lines += textwrap.wrap(s.text, width, initial_indent=f"{_MARKS[s.kind]} ", subsequent_indent="  ")
+        lines += textwrap.wrap(clean(s.text), width, initial_indent=f"{_MARKS[s.kind]} ", subsequent_indent="  ")
         for item in s.items:
             lines += textwrap.wrap(
-                item, width, initial_indent="    ", subsequent_indent="      ", break_long_words=True
+                clean(item), width, initial_indent="    ", subsequent_indent="      ", break_long_words=True
             )
     if view.runs:
         lines += ["", compare_table(view.runs, width=width)]
-    lines += ["", f"next ({view.next_step[0].lower()}{view.next_step[1:]}):", f"  {view.next_command}"]
+    lines += ["", f"next ({view.next_step[0].lower()}{view.next_step[1:]}):", f"  {clean(view.next_command)}"]
     return "\n".join(lines)
 
 
-def markdown(view: View) -> str:
-    """The verdict, the comparison and the plan in GitHub's Markdown, for a pull request."""
-    lines = [f"## {_md(view.title)}", "", _md(view.subtitle), "", f"**{_md(view.lead)}**", ""]
-    for s in view.statements:
-        lines.append(f"- {_MARKDOWN_MARKS[s.kind]} {_md(s.text)}")
-        lines += [f"  - {_md(item)}" for item in s.items]
-    if view.runs:
-        lines += ["", "### Training", "", *_md_runs(view)]
-    if view.plan:
-        state = "confirmed" if view.confirmed else "predicted, not confirmed"
-        summary = f"Plan ({state}): " + ", ".join(f"{f} {percent(x)}%" for f, x in view.shares.items())
-        lines += ["", f"<details><summary>{_md(summary)}</summary>", "", *_md_plan(view.plan), "", "</details>"]
-    lines += ["", f"Next: {view.next_step[0].lower()}{view.next_step[1:]}, `{view.next_command.replace('`', '')}`"]
-    return "\n".join(lines) + "\n"
-
-
-def _md_runs(view: View) -> list[str]:
-    head = ("run", "precision", "train loss", "held-out loss", "ms/step", "speed", "memory", "skipped", "non-finite")
-    body = [
-        (
-            r.run, r.precision, figure(r.train_loss),
-            figure(r.eval_loss) + ("" if r.run == view.baseline else f" ({_signed(r.eval_change)})"),
-            figure(r.step_time_ms), f"{r.speed:.2f}x" if r.speed == r.speed else MISSING,
-            bytes_text(r.peak_memory_bytes), str(r.skipped_steps), str(r.nonfinite_steps),
-        )
-        for r in view.runs
-    ]  # fmt: skip
-    return _md_table(head, body, numeric=range(2, len(head)))
-
-
-def _md_plan(plan: Sequence[PlanRow]) -> list[str]:
-    head = ("module", "type", "compute", "parameters", "FLOPs %", "why")
-    body = [
-        (
-            r.label, r.type, r.compute, f"{count_text(r.parameters)} {r.params}" if r.parameters else "",
-            percent(r.flops_share), r.reasons[0] if r.reasons else "",
-        )
-        for r in group_rows(plan)
-    ]  # fmt: skip
-    return _md_table(head, body, numeric=(4,))
+def _facts(view: View, width: int) -> list[str]:
+    """The headline figures, a line each where it fits."""
+    label, value = (max(map(len, column)) for column in zip(*((f.label, f.value) for f in view.facts), strict=True))
+    lines = []
+    for fact in view.facts:
+        said = clean(f"{fact.label:<{label}}  {fact.value:>{value}}  {fact.note}".rstrip())
+        lines += textwrap.wrap(said, width, subsequent_indent="    ", drop_whitespace=True) or [""]
+    return lines
 
 
 def columns(
@@ -174,7 +151,7 @@ def columns(
     """Lines of a table. Column 0 holds names and is shortened in the middle where the width does not suffice; column
     `wrap` breaks into lines; all others are printed in full. left: columns that are aligned to the left."""
     width = line_width(width)
-    rows = [[_clean(c) for c in row] for row in rows]
+    rows = [[clean(c) for c in row] for row in rows]
     sizes = [max(len(h), *(len(r[i]) for r in rows)) if rows else len(h) for i, h in enumerate(head)]
     room = width - 2 * (len(head) - 1) - sum(s for i, s in enumerate(sizes) if i not in (0, wrap))
     if wrap is None:
@@ -205,35 +182,17 @@ def line_width(width: int | None) -> int:
 
 
 def _wrapped(lines: Iterable[str], width: int | None) -> list[str]:
-    return [part for line in lines for part in textwrap.wrap(_clean(line), line_width(width), subsequent_indent="  ")]
+    return [part for line in lines for part in textwrap.wrap(clean(line), line_width(width), subsequent_indent="  ")]
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """One line without control characters: a name cannot move the cursor or forge a row."""
     return "".join(c if c.isprintable() else "?" for c in text)
-
-
-def _site(row: Any) -> str:
-    tensor = f"[{row.tensor}]" if getattr(row, "tensor", "") else ""
-    return f"{row.module or '(root)'}{f'#{row.call}' if row.call else ''}.{row.role}{tensor}"
 
 
 def _first(reasons: Sequence[Any]) -> str:
     return str(reasons[0]) if reasons else ""
 
 
-def _signed(change: float) -> str:
+def signed(change: float) -> str:
     return f"{100 * change:+.2f}%" if change == change else MISSING
-
-
-def _md(text: str) -> str:
-    """Text that Markdown and HTML leave alone."""
-    for c in "\\`*_[]|":
-        text = text.replace(c, "\\" + c)
-    return _clean(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def _md_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numeric: Iterable[int]) -> list[str]:
-    right = set(numeric)
-    rule = "|".join("---:" if i in right else "---" for i in range(len(head)))
-    return ["| " + " | ".join(head) + " |", f"|{rule}|", *("| " + " | ".join(map(_md, row)) + " |" for row in rows)]

@@ -24,10 +24,20 @@ _TIGHT = 2.0  # binades of head-room below which a site is worth a word
 def statements(material: Material) -> tuple[Statement, ...]:
     """The verdict's sentences, most important first."""
     found = [
-        _damaged(material), _nonfinite(material), _measured(material), _kept_high(material), _ranges(material),
-        _noise(material), _gradients(material), _scale(material), _optimizer(material), _status(material),
+        _failed(material), _damaged(material), _nonfinite(material), _measured(material), _seeds(material),
+        _kept_high(material), _ranges(material), _noise(material), _gradients(material), _scale(material),
+        _optimizer(material), _status(material),
     ]  # fmt: skip
     return tuple(s for s in found if s is not None)
+
+
+def _failed(material: Material) -> Statement | None:
+    if not material.failed:
+        return None
+    steps, error = material.profile.steps, str(material.profile.run.get("error") or "")
+    seen = f"what is said here is what it recorded up to step {steps[-1]}" if steps else "it recorded nothing"
+    text = f"The run failed; {seen}."
+    return Statement("bad", text, (error,) if error else ())
 
 
 def _damaged(material: Material) -> Statement | None:
@@ -75,6 +85,26 @@ def _measured(material: Material) -> Statement | None:
     return Statement(kind, text + ".")
 
 
+def _seeds(material: Material) -> Statement | None:
+    """What several seeds say of the plan's loss, and what its guard did. One seed says no more than `_measured`."""
+    run = material.plan_run
+    pair = next((p for p in material.pairs if run is not None and p.run == run.run), None)
+    if pair is None or (len(pair.seeds) < 2 and not pair.events):
+        return None
+    from ..comparison.wording import evidence
+
+    parts = []
+    if len(pair.seeds) > 1:
+        parts.append(f"Over {len(pair.seeds)} seeds, {pair.run} against {pair.baseline}: {pair.verdict}")
+    if pair.events:
+        counts = listed([f"{n} {kind}" for kind, n in pair.events.items()])
+        parts.append(f"{'its' if parts else 'Its'} guard noted {counts}")
+    said = evidence(pair) if len(pair.seeds) > 1 else ""
+    bad = len(pair.seeds) > 1 and pair.kind in ("worse", "diverged")
+    kind = "bad" if bad else "good" if pair.passed and not pair.events else "care"
+    return Statement(kind, "; ".join(parts) + ".", (said,) if said else ())
+
+
 def _kept_high(material: Material) -> Statement | None:
     if material.plan is None or not material.high or not material.low:
         return None
@@ -84,7 +114,8 @@ def _kept_high(material: Material) -> Statement | None:
     items += (f"and {plural(rest, 'more module')}, in the plan",) if rest else ()
     forbidden = sum(map(_forbidden, material.high))
     computes = listed(sorted({r.compute for r in material.high}))
-    because = f", {forbidden} of them because low precision is not safe there" if forbidden else ""
+    of_them = "" if forbidden == len(material.high) else f", {forbidden} of them"
+    because = f"{of_them} because low precision is not safe there" if forbidden else ""
     compute = "computes" if len(material.high) == 1 else "compute"
     text = f"{plural(len(material.high), 'module')} {compute} in {computes}{because}:"
     return Statement("care" if forbidden else "note", text, items)
@@ -132,9 +163,10 @@ def _ranges(material: Material) -> Statement | None:
 def _fitting(fmt: FloatFormat, frame: pd.DataFrame, *, largest: bool) -> str:
     """A line on a format that holds every tensor. largest: whether to name the largest one."""
     worst = frame.loc[frame.amax.idxmax()]
-    said = f"{fmt}: every tensor fits"
+    every = "every finite value" if (frame.nonfinite > 0).any() else "every tensor"
+    said = f"{fmt}: {every} fits"
     if fmt.emax >= WIDE:
-        said = f"{fmt} has the range of fp32, every tensor fits; the largest magnitude is {number(worst.amax)}"
+        said = f"{fmt} has the range of fp32, {every} fits; the largest magnitude is {number(worst.amax)}"
     elif largest:
         said += f"; the largest is {site_name(worst)} with {number(worst.amax)}, "
         said += f"{fixed(head_room(fmt, worst.amax))} binades below {number(fmt.max)}"
@@ -240,6 +272,8 @@ def next_step(material: Material) -> tuple[str, str]:
     path = material.profile.path
     task = str(material.profile.run.get("task_ref") or material.profile.run.get("task") or "")
     task = task if ":" in task or task == "gpt" else "TASK"
+    if material.plan is None and material.failed and material.profile.run.get("mode") != "inference":
+        return "Look where it went wrong", f"precscope trace {task}"
     if material.plan is None:
         return "Make a plan from this run", f"precscope recommend {path} --out plan.json"
     if material.profile.run.get("mode") == "inference":

@@ -6,20 +6,23 @@ Every renderer (html, text, figures) takes a View or parts of one, so that they 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..profiles import Profile
 from . import headline, verdict
+from .alike import merging
+from .beside import Beside, beside
+from .courses import Course, courses, run_names
 from .material import Material
 from .prices import priced_steps
 from .provenance import provenance
-from .rows import Curve, Fact, PlanRow, SiteRow, Statement, curve, plan_rows, site_rows
+from .rows import Fact, PlanRow, SiteRow, Statement, plan_rows, site_rows
 
 if TYPE_CHECKING:
-    from ..comparison import RunRow
-    from ..plans import PrecisionPlan
+    from ..comparison import Comparison, RunRow
+    from ..plans import Phase, PrecisionPlan
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,10 @@ class View:
 
     steps: recorded steps (the first of each merged group where there were many). format: the format that the what-if
     explorer opens with. shadow_steps: how many steps priced rounding. loss_scale: content of the plan's loss_scale.
-    provenance: (heading, ((key, value), ...)).
+    provenance: (heading, ((key, value), ...)). beside: the plan beside autocast. courses: how the runs went, a row per
+    row of `runs`. merged_from: how many sites were recorded, where there were so many that those alike became one; 0
+    where each has its own row. margin: what the comparison takes for no difference, as (share of the baseline's loss,
+    the same in its unit); None where it judged no pair. phases: those of the plan, in words.
     confirmed: whether the plan was confirmed by a run of the model; None without a plan.
     """
 
@@ -48,8 +54,12 @@ class View:
     loss_scale: dict[str, Any] = field(default_factory=dict)
     runs: tuple[RunRow, ...] = ()
     baseline: str = ""
-    curves: tuple[Curve, ...] = ()
     provenance: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = ()
+    beside: Beside | None = None
+    courses: tuple[Course, ...] = ()
+    merged_from: int = 0
+    margin: tuple[float, float] | None = None
+    phases: tuple[str, ...] = ()
 
     @property
     def shares(self) -> dict[str, float]:
@@ -84,10 +94,11 @@ def build_view(
         plan = PrecisionPlan.load(plan)
     comparison = compare(runs) if len(runs) else None
     rows = plan_rows(profile, plan) if plan is not None else ()
-    material = Material(
-        profile, plan, rows, comparison.rows if comparison else (), Path(comparison.baseline).name if comparison else ""
-    )
-    steps, sites = site_rows(profile)
+    compared, baseline = _named(comparison) if comparison else ((), "")
+    material = Material(profile, plan, rows, compared, baseline, comparison.pairs if comparison else ())
+    recorded = profile.merged()[0]
+    merge = merging(recorded)
+    steps, sites = site_rows(profile, merge=merge)
     next_step, next_command = verdict.next_step(material)
     return View(
         title=title or headline.default_title(profile),
@@ -106,6 +117,27 @@ def build_view(
         loss_scale=dict(plan.loss_scale or {}) if plan is not None else {},
         runs=material.runs,
         baseline=material.baseline,
-        curves=tuple(curve(path) for path in runs),
-        provenance=provenance(profile, plan),
+        provenance=provenance(profile, plan, comparison),
+        beside=beside(material),
+        courses=courses(comparison) if comparison else (),
+        merged_from=len(recorded) if merge is not None else 0,
+        margin=_margin(comparison) if comparison else None,
+        phases=tuple(map(_phase, plan.phases)) if plan is not None else (),
     )
+
+
+def _margin(comparison: Comparison) -> tuple[float, float] | None:
+    bounds = [p.loss.bound for p in comparison.pairs if p.loss is not None and p.loss.bound]
+    return (comparison.margin, bounds[0]) if bounds else None
+
+
+def _phase(phase: Phase) -> str:
+    what = phase.precision or (f"another plan, mostly {phase.plan.default.compute}" if phase.plan is not None else "")
+    return f"from step {phase.from_step} {'this plan' if what == 'plan' else what}"
+
+
+def _named(comparison: Comparison) -> tuple[tuple[RunRow, ...], str]:
+    """(rows under names that tell them apart, the baseline's)."""
+    names = run_names(comparison)
+    base = next(n for n, g in zip(names, comparison.groups, strict=True) if str(g.run.path) == comparison.baseline)
+    return tuple(replace(row, run=name) for row, name in zip(comparison.rows, names, strict=True)), base

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from .guard import Guard
 
 Progress = Callable[[int, int, float], None]
-"""Called as progress(steps done, steps in all, last loss read), at each reading of the device."""
+"""Called as progress(steps done, steps in all, last loss read), at each reading of the device. One that has read(rows)
+is told of the rows of the log first."""
 
 
 class Trainer:

@@ -308,7 +308,9 @@ class Planned(_Scaled):
 
     def describe(self) -> dict[str, Any]:
         described = super().describe()
-        return {**described, "notes": [*described["notes"], *self.handle.notes]}
+        small = [r for r in self.handle.runs if r.precision.compute in ("e4m3", "e5m2")]
+        eight = dict.fromkeys(f"8-bit products {r.how}: {r.note}" for r in small)
+        return {**described, "notes": [*described["notes"], *eight, *self.handle.notes]}
 
 
 def make_precision(

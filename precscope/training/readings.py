@@ -58,6 +58,8 @@ class Readings:
         trainer.log.add(rows)
         if trainer.guard is not None:
             trainer.guard.after_reading(trainer, rows)
+        if trainer.progress is not None and hasattr(trainer.progress, "read"):  # who watches sees bad steps, too
+            trainer.progress.read(rows)
         self._stop_where_bad(rows[-1])
         if trainer.progress is not None:
             trainer.progress(rows[-1].step + 1, trainer.config.steps, rows[-1].loss)

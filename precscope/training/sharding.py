@@ -245,7 +245,7 @@ def policy_of(members: list[nn.Module], layers: dict[nn.Module, LayerPrecision])
     if layer.params not in ("fp32", "tf32"):
         return MixedPrecisionPolicy(), f"parameters stored in {layer.params}, gradients reduced in it"
     if layer.compute in ("e4m3", "e5m2"):
-        return MixedPrecisionPolicy(), f"{layer.compute} is emulated"
+        return MixedPrecisionPolicy(), f"{layer.compute} operands are cast by the plan"
     low = dtype_of(layer)
     if kind_of(layer) == "cast":
         return MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=True), ""

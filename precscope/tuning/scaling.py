@@ -15,7 +15,6 @@ from ..advice.loss_scale import largest_scale
 from ..formats import get_format
 from ..plans import PrecisionPlan
 from ..profiles import Profile
-from ..sites import Role
 
 LONGEST, SHORTEST = 2000, 20  # steps between doublings; GradScaler's own is 2000
 _DOUBLINGS = 10  # that a run should have time for
@@ -53,13 +52,12 @@ def choose_growth(profile: Profile, modules: Collection[str], *, steps: int) -> 
 
 def largest_scales(profile: Profile, modules: Collection[str]) -> tuple[list[int], list[int]]:
     """(recorded steps, exponent of the largest loss scale that no gradient of `modules` overflows fp16 with)."""
-    history = profile.history()
-    roles = [r.value for r in Role if r.is_gradient]
-    rows = history[history.role.isin(roles) & history.module.isin(list(modules))]
-    amax = rows.groupby("step", observed=True).amax.max()
-    amax = amax[np.isfinite(amax) & (amax > 0)]
+    peaks, wanted = profile.peaks, set(modules)
+    rows = [i for i, s in enumerate(peaks.sites) if s.role.is_gradient and s.module in wanted]
+    amax = np.nan_to_num(peaks.amax[rows], nan=0.0).max(0, initial=0.0)
+    keep = np.isfinite(amax) & (amax > 0)
     fmt = get_format("fp16")
-    return [int(s) for s in amax.index], [largest_scale(float(a), fmt) for a in amax]
+    return peaks.steps[keep].tolist(), [largest_scale(float(a), fmt) for a in amax[keep]]
 
 
 def _drift(at: list[int], fits: list[int]) -> float:

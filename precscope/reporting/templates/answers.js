@@ -67,6 +67,13 @@ function overflows(magnitude, fmt, k) {
   return Number.isFinite(magnitude) && (fmt.atMidpoint ? scaled >= fmt.overflowFrom : scaled > fmt.overflowFrom);
 }
 
+// Largest k for which a tensor times 2^k does not overflow: advice/loss_scale.py, largest_scale.
+function ownScale(amax, fmt) {
+  if (!(amax > 0) || !Number.isFinite(amax)) return 0;
+  const exponent = binadeOf(amax) + 1, k = fmt.emax + 1 - exponent;
+  return overflows(ldexp(amax, -exponent), fmt, fmt.emax + 1) ? k - 1 : k;
+}
+
 // Whether one magnitude is flushed, and its squared rounding error in units before the scale.
 function roundExactly(magnitude, fmt, k) {
   const ulp = Math.max((magnitude > 0 ? binadeOf(magnitude) : -1) + k, fmt.emin) - fmt.p - k;
@@ -163,7 +170,7 @@ function ask(site, fmt, k) {
   const elements = Math.max(site.count, 1);
   return {
     overflowLo: lo / elements, overflowHi: hi / elements, flushed: flushed / elements, subnormal: subnormal / elements,
-    sqnr: noise > 0 ? 10 * Math.log10(signal / noise) : lo > 0 && lo === finite ? NaN : Infinity,
+    signal, noise, sqnr: noise > 0 ? 10 * Math.log10(signal / noise) : lo > 0 && lo === finite ? NaN : Infinity,
     lossNoise: lossNoise(site.prices, fmt, k),
     room: site.amax > 0 ? Math.log2(fmt.max / site.amax) - k : Infinity,
   };
@@ -173,10 +180,11 @@ function ask(site, fmt, k) {
 const WORDS = ["fits", "tight", "flushes", "may overflow", "overflows", "non-finite"];
 const WORD_CLASS = { "fits": "fits", "tight": "tight", "flushes": "flushes", "may overflow": "may", "overflows": "overflows", "non-finite": "broken" };
 
-function word(site, answer) {
+// own: the scale was chosen from the tensor's largest magnitude, so that it comes close to the end on purpose.
+function word(site, answer, own) {
   if (site.nonfinite > 0) return "non-finite";
   if (answer.overflowLo > 0) return "overflows";
   if (answer.overflowHi > 0) return "may overflow";
   if (answer.flushed > DATA.limits.flushed) return "flushes";
-  return answer.room < DATA.limits.room ? "tight" : "fits";
+  return answer.room < DATA.limits.room && !own ? "tight" : "fits";
 }

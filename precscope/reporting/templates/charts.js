@@ -18,11 +18,12 @@ function niceTicks(lo, hi, count) {
   return ticks;
 }
 
-// series: [{name, color, dash, width, points: [[x, y], ...]}]; y null breaks the line.
-// options: height, yText, xTicks, zero (draw y = 0), lines: [{y, text}], readout (element), marks: [x, ...].
+// series: [{name, color, dash, width, points: [[x, y, lo, hi], ...], dots: [[x, y], ...]}]; y null breaks the line, lo and
+// hi, where known, make a band. options: height, yText and valueText (of ticks, of values read out), ticks, floor (a
+// value that the axis reaches), range, lines: [{y, text, include}], readout (element), marks: [x, ...].
 function lineChart(svg, series, options) {
   const width = svg.clientWidth || 320, height = options.height || 200;
-  const values = series.flatMap((one) => one.points.filter((p) => p[1] !== null).map((p) => p[1]));
+  const values = series.flatMap((one) => [...one.points, ...(one.dots || [])].flatMap((p) => p.slice(1)).filter((v) => v !== null));
   svg.replaceChildren();
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
   if (!values.length) {
@@ -32,9 +33,10 @@ function lineChart(svg, series, options) {
   const xs = series.flatMap((one) => one.points.map((p) => p[0]));
   const x0 = Math.min(...xs), x1 = Math.max(...xs, x0 + 1);
   let [y0, y1] = options.range || [Math.min(...values), Math.max(...values)];
+  if (options.floor !== undefined) y0 = Math.min(y0, options.floor);
   for (const line of options.lines || []) if (line.include) { y0 = Math.min(y0, line.y); y1 = Math.max(y1, line.y); }
   const pad = (y1 - y0 || Math.abs(y1) || 1) * 0.06;
-  y0 -= pad;
+  if (y0 !== options.floor) y0 -= pad;
   y1 += pad;
   const left = 46, right = 10, top = 8, bottom = 22;
   const x = (v) => left + (v - x0) / (x1 - x0) * (width - left - right);
@@ -56,9 +58,11 @@ function lineChart(svg, series, options) {
     svg.append(s("path", { d: `M${x(mark) - 4},${height - bottom} l4,-7 l4,7 z`, fill: "var(--bad)" }, s("title", {}, "inf or NaN here")));
   }
   for (const one of series) {
+    drawBand(svg, one, x, y);
+    for (const [px, py] of one.dots || []) svg.append(s("circle", { cx: x(px), cy: y(py), r: 3, fill: "var(--panel)", stroke: one.color, "stroke-width": 1.6 }, s("title", {}, `${one.name}, held-out loss at step ${px}: ${number(py)}`)));
     let path = "", pen = "M";
     for (const [px, py] of one.points) {
-      if (py === null) { pen = "M"; continue; }
+      if (py === null || py === undefined) { pen = "M"; continue; }
       path += `${pen}${x(px).toFixed(1)},${y(py).toFixed(1)}`;
       pen = "L";
     }
@@ -68,8 +72,18 @@ function lineChart(svg, series, options) {
   if (options.readout) follow(svg, series, { x, x0, x1, left, right, width, height, bottom, top }, options);
 }
 
+// The area between lower and upper values, where both are known.
+function drawBand(svg, one, x, y) {
+  const known = one.points.filter((p) => p[2] !== undefined && p[2] !== null && p[3] !== undefined && p[3] !== null);
+  if (known.length < 2) return;
+  const upper = known.map((p) => `${x(p[0]).toFixed(1)},${y(p[3]).toFixed(1)}`), lower = known.map((p) => `${x(p[0]).toFixed(1)},${y(p[2]).toFixed(1)}`);
+  svg.append(s("path", { d: `M${upper.join("L")}L${lower.reverse().join("L")}Z`, fill: one.color, "fill-opacity": 0.16, stroke: "none" }));
+}
+
 function follow(svg, series, box, options) {
   const cursor = s("line", { class: "axis", y1: box.top, y2: box.height - box.bottom, visibility: "hidden" });
+  const text = options.valueText || number;
+  const valueText = ([, v, lo, hi]) => (v === null || v === undefined ? MISSING : text(v)) + (known(lo) && known(hi) ? ` (${text(lo)} to ${text(hi)})` : "");
   svg.append(cursor);
   svg.onpointermove = (event) => {
     const bounds = svg.getBoundingClientRect();
@@ -79,7 +93,7 @@ function follow(svg, series, box, options) {
     cursor.setAttribute("x1", box.x(near[0][0]));
     cursor.setAttribute("x2", box.x(near[0][0]));
     cursor.setAttribute("visibility", "visible");
-    options.readout.textContent = `step ${near[0][0]}: ` + series.map((one, i) => `${one.name} ${number(near[i][1])}`).join(", ");
+    options.readout.textContent = `step ${near[0][0]}: ` + series.map((one, i) => `${one.name} ${valueText(near[i])}`).join(", ");
   };
   svg.onpointerleave = () => {
     cursor.setAttribute("visibility", "hidden");
@@ -108,10 +122,14 @@ function siteHistogram(svg, site, fmt, k) {
     svg.append(s("rect", bar, s("title", {}, `${pow2(e)}: ${percent(count / total)}%`)));
   });
   svg.append(s("line", { class: "axis", x1: 0, x2: width, y1: height - bottom, y2: height - bottom }));
+  let taken = -1e3;  // where the last word ends: words do not run into each other
   for (const [e, text] of [[fmt.emin - fmt.p - k, "subnormal"], [fmt.emin - k, "normal"], [Math.log2(fmt.max) - k, "max"]]) {
     if (e < first || e > last) continue;
     svg.append(s("line", { x1: x(e), x2: x(e), y1: top - 4, y2: height - bottom, stroke: "var(--soft)", "stroke-dasharray": "2 2" }));
-    svg.append(s("text", { x: Math.min(Math.max(x(e), 22), width - 22), y: 8, "text-anchor": "middle" }, text));
+    const half = text.length * 3, at = Math.min(Math.max(x(e), half), width - half);
+    if (at - half < taken + 4) continue;
+    svg.append(s("text", { x: at, y: 8, "text-anchor": "middle" }, text));
+    taken = at + half;
   }
   const every = Math.ceil((last - first) / 6 / 5) * 5;
   for (let e = Math.ceil(first / every) * every; e <= last; e += every) {
@@ -128,29 +146,4 @@ function region(site, fmt, k, e) {
   if (scaled === fmt.emax && binadeOf(site.amax) === e && overflows(site.amax, fmt, k)) return "overflow";
   if (scaled < fmt.emin - fmt.p - 1) return "flushed";
   return scaled < fmt.emin ? "subnormal" : "normal";
-}
-
-// Mean over a twentieth of the curve around each point: single steps differ by rounding noise alone.
-function runningMean(points) {
-  const half = Math.floor(points.length / 40);
-  return points.map(([x, y], i) => {
-    if (y === null) return [x, null];
-    const near = points.slice(Math.max(i - half, 0), i + half + 1).filter((p) => p[1] !== null);
-    return [x, near.reduce((sum, p) => sum + p[1], 0) / near.length];
-  });
-}
-
-function drawTraining() {
-  if (!DATA.curves.length || !byId("loss-chart")) return;
-  const styles = runStyles(DATA.curves);
-  const series = DATA.curves.map((c, i) => ({ name: c.run, color: `var(--run${styles[i][0]})`, dash: styles[i][1], points: c.steps.map((t, j) => [t, c.losses[j]]) }));
-  byId("runs-key").replaceChildren(...series.map((one) => h("li", {}, s("svg", { viewBox: "0 0 26 8", "aria-hidden": "true" }, s("line", { x1: 0, x2: 26, y1: 4, y2: 4, stroke: one.color, "stroke-width": 2.2, "stroke-dasharray": one.dash })), one.name)));
-  const under = series.map((one) => (one.name === DATA.baseline ? { ...one, width: 5, opacity: 0.3 } : one));
-  lineChart(byId("loss-chart"), under, { height: 230, readout: byId("loss-readout") });
-  const base = new Map((series.find((one) => one.name === DATA.baseline) || series[0]).points);
-  const difference = series.filter((one) => one.name !== DATA.baseline).map((one) => ({
-    ...one, points: runningMean(one.points.map(([t, v]) => [t, v === null || (base.get(t) ?? null) === null ? null : v - base.get(t)])),
-  }));
-  byId("difference-chart").closest("figure").hidden = !difference.length;
-  if (difference.length) lineChart(byId("difference-chart"), difference, { height: 230, lines: [{ y: 0, include: true }], readout: byId("difference-readout") });
 }

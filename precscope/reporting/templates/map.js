@@ -3,7 +3,8 @@
 // format does to the binade. Only the visible rows are drawn, whatever the model's size.
 
 const RULERS = ["fp16", "bf16", "e4m3", "e5m2"];
-const map = { rows: [], lo: -30, hi: 20, rowHeight: 16, label: 200, printing: false };
+const map = { rows: [], lo: -30, hi: 20, span: [0, 1], rowHeight: 16, label: 200, printing: false };
+const growing = () => state.map === "steps" && DATA.steps.length > 0;
 
 function mapColors() {
   return Object.fromEntries(["ink", "soft", "faint", "line", "panel", "wash", "accent", "normal-rgb", "subnormal-rgb", "flushed-rgb", "overflow-rgb"].map((n) => [n, cssVar(`--${n}`)]));
@@ -18,6 +19,7 @@ function layoutMap(sites) {
     map.lo = Math.min(map.lo, site.lo - 1);
     map.hi = Math.max(map.hi, site.lo + site.counts.length + 1);
   }
+  map.span = growthSpan(sites);
   map.rowHeight = sites.length > 150 ? 13 : 17;
   byId("map-sizer").style.height = `${Math.max(sites.length, 1) * map.rowHeight}px`;
   const scroller = byId("map-scroller");
@@ -36,7 +38,8 @@ function drawMap(state) {
   if (!byId("map")) return;
   mapGeometry();
   const colors = mapColors();
-  drawRulers(state, colors);
+  if (growing()) drawSteps(state, colors);
+  else drawRulers(state, colors);
   const scroller = byId("map-scroller"), canvas = byId("map");
   const total = Math.max(map.rows.length, 1) * map.rowHeight;
   const limit = map.printing ? Math.min(total, 12000) : Math.min(total, scroller.clientHeight || 600);
@@ -44,25 +47,26 @@ function drawMap(state) {
   const context = prepare(canvas, map.width, limit);
   context.font = `11px ${cssVar("--sans")}`;
   context.textBaseline = "middle";
-  drawRegions(context, state, colors, limit);
+  if (!growing()) drawRegions(context, state, colors, limit);
   const start = Math.floor(from / map.rowHeight), end = Math.min(map.rows.length, Math.ceil((from + limit) / map.rowHeight));
   for (let i = start; i < end; i++) drawRow(context, map.rows[i], i * map.rowHeight - from, state, colors);
-  drawEdges(context, state, colors, limit);
+  if (!growing()) drawEdges(context, state, colors, limit);
 }
 
 function drawRow(context, site, y, state, colors) {
-  const height = map.rowHeight, chosen = site.index === state.selected, fmt = state.format;
+  const height = map.rowHeight, chosen = holds(site, state.selected), fmt = state.format;
   if (chosen) {
     context.fillStyle = `rgba(128, 140, 155, 0.22)`;
     context.fillRect(0, y, map.width, height);
   }
   context.fillStyle = chosen ? colors.ink : colors.soft;
   context.fillText(fitted(context, state.allRoles ? site.name : site.short, map.label - 10), 2, y + height / 2 + 0.5);
-  const total = site.finite;
+  if (growing()) return void drawGrowthRow(context, site, y, state, colors);
+  const total = site.finite, k = scaleOf(site);
   for (let j = 0; j < site.counts.length; j++) {
     if (!site.counts[j]) continue;
     const e = site.lo + j, depth = Math.min(1, Math.max(0, 1 + Math.log10(site.counts[j] / total) / 6));
-    context.fillStyle = `rgba(${colors[region(site, fmt, state.k, e) + "-rgb"]}, ${(0.13 + 0.87 * depth ** 1.4).toFixed(3)})`;
+    context.fillStyle = `rgba(${colors[region(site, fmt, k, e) + "-rgb"]}, ${(0.13 + 0.87 * depth ** 1.4).toFixed(3)})`;
     context.fillRect(map.x(e), y + 1.5, Math.max(map.cell - 0.6, 0.8), height - 3);
   }
   if (site.amax > 0) {
@@ -93,32 +97,58 @@ const edges = (fmt, k) => ({ flush: fmt.emin - fmt.p - 1 - k, subnormal: fmt.emi
 const clampX = (e) => Math.min(Math.max(map.x(e), map.label), map.x(map.hi));
 
 function drawRegions(context, state, colors, height) {
+  if (state.own) return;
   const edge = edges(state.format, state.k), left = clampX(edge.flush), right = clampX(edge.max);
-  hatch(context, map.label, left, height, colors["flushed-rgb"]);
-  hatch(context, right, map.x(map.hi), height, colors["overflow-rgb"]);
+  hatch(context, map.label, left, height, colors["flushed-rgb"], 1);
+  hatch(context, right, map.x(map.hi), height, colors["overflow-rgb"], -1);
 }
 
-function hatch(context, x0, x1, height, rgb) {
+// lean: 1 for stripes that rise to the right, -1 for those that fall.
+function hatch(context, x0, x1, height, rgb, lean) {
+  if (x1 - x0 < 1) return;
+  context.fillStyle = `rgba(${rgb}, 0.06)`;
+  context.fillRect(x0, 0, x1 - x0, height);
+  stripe(context, x0, x1, height, `rgba(${rgb}, 0.13)`, lean, 9);
+}
+
+function stripe(context, x0, x1, height, color, lean, every) {
   if (x1 - x0 < 1) return;
   context.save();
   context.beginPath();
   context.rect(x0, 0, x1 - x0, height);
   context.clip();
-  context.fillStyle = `rgba(${rgb}, 0.06)`;
-  context.fillRect(x0, 0, x1 - x0, height);
-  context.strokeStyle = `rgba(${rgb}, 0.13)`;
+  context.strokeStyle = color;
   context.lineWidth = 1;
+  context.setLineDash([]);
   context.beginPath();
-  for (let x = x0 - height; x < x1; x += 9) {
-    context.moveTo(x, height);
-    context.lineTo(x + height, 0);
+  for (let x = x0 - height; x < x1; x += every) {
+    context.moveTo(x, lean > 0 ? height : 0);
+    context.lineTo(x + height, lean > 0 ? 0 : height);
   }
   context.stroke();
   context.restore();
 }
 
 function drawEdges(context, state, colors, height) {
+  if (state.own) return;  // a format ends elsewhere in every row
   const edge = edges(state.format, state.k);
+  context.globalAlpha = 0.5;  // what is lost is striped, not told by its colour alone
+  stripe(context, map.label, clampX(edge.flush), height, colors.panel, 1, 4.5);
+  stripe(context, clampX(edge.max), map.x(map.hi), height, colors.panel, -1, 4.5);
+  context.strokeStyle = colors.faint;
+  context.globalAlpha = 0.55;
+  for (const name of RULERS.filter((n) => n !== state.format.name)) {  // where the other formats begin and end
+    const other = edges(FORMATS[name], state.k);
+    for (const [e, dash] of [[other.max, [1, 4]], [other.subnormal, [1, 8]]]) {
+      if (e < map.lo || e > map.hi) continue;
+      context.setLineDash(dash);
+      context.beginPath();
+      context.moveTo(map.x(e), 0);
+      context.lineTo(map.x(e), height);
+      context.stroke();
+    }
+  }
+  context.globalAlpha = 1;
   for (const [e, dash] of [[edge.max, []], [edge.normal, [4, 3]], [edge.subnormal, [1.5, 2.5]]]) {
     if (e < map.lo || e > map.hi) continue;
     context.strokeStyle = colors.soft;
@@ -149,7 +179,7 @@ function drawRulers(state, colors) {
 
 // One format: a thick line over its normal range, a thin one over its subnormals, its ends in figures.
 function drawRuler(context, fmt, y, state, colors) {
-  const edge = edges(fmt, state.k), chosen = fmt.name === state.format.name;
+  const edge = edges(fmt, state.own ? 0 : state.k), chosen = fmt.name === state.format.name;
   const color = chosen ? colors.accent : colors.faint;
   context.font = `${chosen ? "600 " : ""}11px ${cssVar("--sans")}`;
   context.fillStyle = chosen ? colors.accent : colors.soft;
@@ -183,7 +213,8 @@ function arrow(context, x, y, direction, color) {
 function describeMap(state) {
   const over = map.rows.filter((site) => site.answer.overflowHi > 0).length;
   const flushed = map.rows.filter((site) => site.answer.flushed > DATA.limits.flushed).length;
-  return `${map.rows.length} tensors in ${state.format.name} at scale ${pow2(state.k)}: ${over} overflow or may, ${flushed} flush more than ${percent(DATA.limits.flushed)}% to zero. The same figures are in the table below.`;
+  const what = map.rows.some((site) => site.members) ? "rows of tensors alike" : "tensors";
+  return `${map.rows.length} ${what} in ${state.format.name} at ${state.own ? "a scale of its own each" : `scale ${pow2(state.k)}`}: ${over} overflow or may, ${flushed} flush more than ${percent(DATA.limits.flushed)}% to zero. The same figures are in the table below.${sites[state.selected] ? ` Chosen: ${sites[state.selected].name}, ${sites[state.selected].word || "not asked"}.` : ""}`;
 }
 
 function watchMap(state, choose) {
@@ -195,7 +226,7 @@ function watchMap(state, choose) {
     const site = siteAt(event);
     if (!site) return void (tip.hidden = true);
     const e = Math.floor(map.lo + (event.clientX - canvas.getBoundingClientRect().left - map.label) / map.cell), n = site.counts[e - site.lo];
-    tip.textContent = site.name + (e >= map.lo && n ? ` · ${percent(n / site.finite)}% from ${pow2(e)} to ${pow2(e + 1)}` : ` · amax ${number(site.amax)}`);
+    tip.textContent = growing() ? growthTip(site, event.clientX - canvas.getBoundingClientRect().left) : site.name + (e >= map.lo && n ? ` · ${percent(n / site.finite)}% from ${pow2(e)} to ${pow2(e + 1)}` : ` · amax ${number(site.amax)}`);
     tip.hidden = false;
     tip.style.left = `${Math.min(event.clientX + 14, window.innerWidth - tip.offsetWidth - 8)}px`;
     tip.style.top = `${event.clientY + 16}px`;
@@ -205,7 +236,7 @@ function watchMap(state, choose) {
     const step = { ArrowDown: 1, ArrowUp: -1, PageDown: 12, PageUp: -12, Home: -1e9, End: 1e9 }[event.key];
     if (step === undefined || !map.rows.length) return;
     event.preventDefault();
-    const now = map.rows.findIndex((site) => site.index === state.selected);
+    const now = map.rows.findIndex((site) => holds(site, state.selected));
     const next = Math.min(Math.max(now + step, 0), map.rows.length - 1);
     const y = next * map.rowHeight;
     if (y < scroller.scrollTop) scroller.scrollTop = y;
