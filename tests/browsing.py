@@ -14,7 +14,8 @@ MISSING = not (CHROMIUM and DRIVER)
 WHY = "chromium or chromedriver is not installed: the report is not tried in a browser"
 FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
-    "--disable-background-networking", "--force-prefers-reduced-motion", "--disable-component-update", "--disable-sync", "--window-size=1280,900",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1280,900",
+    "--force-prefers-reduced-motion",
 )  # fmt: skip
 AXE = Path(os.environ.get("AXE_CORE") or Path(__file__).parents[1] / "node_modules" / "axe-core" / "axe.min.js")
 """axe-core, the checker of accessible pages: `npm install --no-save axe-core@4` in the repository, or AXE_CORE=FILE."""
