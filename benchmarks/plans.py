@@ -41,8 +41,7 @@ def measure(name: str, steps: int, timed: int, seeds: int) -> dict[str, Any]:
     runs: dict[str, list[Any]] = {word: [] for word in asked}
     for seed in range(seeds):
         for word, how in asked.items():
-            torch.manual_seed(seed)
-            runs[word].append(ps.train(make(), steps=steps, **how))
+            runs[word].append(ps.train(make(seed=seed), seed=seed, steps=steps, **how))
     times = step_times(make, plan, low, timed)
     ratios = [b / a for a, b in zip(times[low], times["plan"], strict=True)]
     quarters = statistics.quantiles(ratios, n=4)
@@ -94,7 +93,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=list(TASKS), help=f"of {', '.join(TASKS)}")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--timed", type=int, default=40)
-    parser.add_argument("--seeds", type=int, default=1, help="trainings of each, from other starts")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each, with other starts and batches")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     found = []

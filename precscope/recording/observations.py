@@ -231,7 +231,7 @@ class Observations:
         offsets, tables = np.zeros(len(self._devices), np.int64), []
         for device, buffer in self._buffers.items():
             offsets[self._devices[device]] = sum(len(t.zeros) for t in tables)
-            tables.append(buffer.read(self._next[device]))
+            tables.append(buffer.read(self._next[device], shared=True))  # what is kept of it is copied below
         everything = tables[0] if len(tables) == 1 else StatsTable.concat(tables)
         for (device, index), source in self._sources.items():
             everything.source[offsets[self._devices[device]] + index] = source
