@@ -12,7 +12,8 @@ drawn from the seed, not from the clock, so that a slow machine kills at the sam
     stage    before the file is synced, before or after it gets its name, after the directory is synced
 
 Then every checkpoint with a final name must load, and the run, resumed from another start of the model, must end with
-the losses, parameters and buffers of the uninterrupted one, bit for bit.
+the losses, parameters and buffers of the uninterrupted one, bit for bit. All of them train in processes of one kind,
+forked from one server: what an earlier test left on a process (threads, switches) is no part of the comparison.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -213,8 +215,29 @@ def _arm_stage(stage: str, names: tuple[str, ...]) -> None:
     os.fsync, os.replace = fsync, rename  # type: ignore[assignment]
 
 
+def train_whole(out: Path, end: Path, *, other: bool, count: bool, **how: int) -> None:
+    """Train to the end, from a checkpoint where there is one, and write losses, evaluations, weights and, if `count`,
+    the number of calls to `end`. other: start from another model, which a checkpoint is to replace."""
+    task = make_task(make, seed=99) if other else make_task(make)
+    counter = counting(task) if count else None
+    try:
+        result = go(task, out, **how)
+    finally:
+        sys.setprofile(None)
+    calls = counter.total if counter is not None else 0
+    known = {"losses": list(result.losses), "evaluations": [list(e) for e in result.evaluations], "calls": calls}
+    torch.save({**known, "weights": weights(task)}, end)
+
+
+def train_until(out: Path, moment: Moment, *, size: int, **how: int) -> None:
+    """Train until `moment`, which does not return. size: of a checkpoint, in bytes."""
+    task = make_task(make)
+    arm(moment, task, every=how["every"], size=size)
+    go(task, out, **how)
+
+
 def serve() -> None:
-    """Read settings from stdin, a line each; fork a process that trains until its moment; print how it ended.
+    """Read settings from stdin, a line each; fork a process that trains as they say; print how it ended.
 
     Forking saves the seconds that each would need to import torch. It is safe as long as this process has one thread
     (importing pyarrow starts another).
@@ -223,18 +246,22 @@ def serve() -> None:
 
     for line in sys.stdin:
         settings = json.loads(line)
-        moment, out = Moment(**settings.pop("moment")), Path(settings.pop("out"))
         threads = len(os.listdir("/proc/self/task"))
         assert threads == 1, f"{threads} threads: forking is not safe"
         number = os.fork()
         if number == 0:
-            size = settings.pop("size")
+            code = 1  # it raised, or the moment did not come
             try:
-                task = make_task(make)
-                arm(moment, task, every=settings["every"], size=size)
-                go(task, out, **settings)
+                out, moment, end = Path(settings.pop("out")), settings.pop("moment", None), settings.pop("end", None)
+                if moment is not None:
+                    train_until(out, Moment(**moment), **settings)
+                else:
+                    train_whole(out, Path(end), **settings)
+                    code = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
-                os._exit(1)  # the moment did not come
+                os._exit(code)
         print(os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]), flush=True)
 
 
@@ -242,7 +269,7 @@ def serve() -> None:
 
 
 class Victims:
-    """Processes that are killed, one at a time."""
+    """Processes that train, one at a time: whole, until they are killed, or from where a killed one was."""
 
     def __enter__(self) -> Victims:
         path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -261,10 +288,20 @@ class Victims:
 
     def kill(self, out: Path, moment: Moment, **how: int) -> bool:
         """Train in `out` until `moment`; whether the process died of SIGKILL."""
+        return self._ask({"out": str(out), "moment": asdict(moment), **how}) == -signal.SIGKILL
+
+    def train(self, out: Path, *, other: bool = False, count: bool = False, **how: int) -> dict[str, Any]:
+        """Train in `out` to the end; losses, evaluations, weights and calls (see `train_whole`)."""
+        end = out.with_suffix(".end.pt")
+        code = self._ask({"out": str(out), "end": str(end), "other": other, "count": count, **how})
+        assert code == 0, f"the process that trains in {out} ended with {code}: its traceback is above"
+        return torch.load(end, weights_only=True)
+
+    def _ask(self, what: dict[str, Any]) -> int:
         assert self._server.stdin is not None and self._server.stdout is not None
-        self._server.stdin.write(json.dumps({"out": str(out), "moment": asdict(moment), **how}) + "\n")
+        self._server.stdin.write(json.dumps(what) + "\n")
         self._server.stdin.flush()
-        return int(self._server.stdout.readline()) == -signal.SIGKILL
+        return int(self._server.stdout.readline())
 
 
 def weights(task: Task) -> dict[str, torch.Tensor]:
@@ -282,8 +319,8 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     )
 
 
-def judge(out: Path, moment: Moment, killed: bool, expected: Any, end: dict[str, Any], **how: int) -> Outcome:
-    """Look at what the killed process left, resume, and compare."""
+def judge(victims: Victims, out: Path, moment: Moment, killed: bool, expected: dict[str, Any], **how: int) -> Outcome:
+    """Look at what the killed process left, resume, and compare with what was `expected`."""
     files = checkpoint.checkpoints(out)
     damaged = 0
     for path in [*files, *(out / "checkpoints").glob("best-*.pt")]:
@@ -293,12 +330,9 @@ def judge(out: Path, moment: Moment, killed: bool, expected: Any, end: dict[str,
             damaged += 1
     unfinished = len(list(out.rglob(".*.tmp")))
     found = checkpoint.latest(out)
-    task = make_task(make, seed=99)  # another start, to be replaced by the checkpoint's, where there is one
-    if found is None:
-        task = make_task(make)
-    result = go(task, out, **how)
-    equal = result.losses == expected.losses and result.evaluations == expected.evaluations
-    equal = equal and same(weights(task), end) and not list(out.rglob(".*.tmp"))
+    result = victims.train(out, other=found is not None, **how)
+    equal = all(result[name] == expected[name] for name in ("losses", "evaluations"))
+    equal = equal and same(result["weights"], expected["weights"]) and not list(out.rglob(".*.tmp"))
     return Outcome(str(moment), killed, len(files), damaged, unfinished, found["step"] if found else 0, equal)
 
 
@@ -308,18 +342,14 @@ def run(
     """`count` kills, each of a run of its own. note: is told of each."""
     how = {"steps": steps, "every": every}
     with tempfile.TemporaryDirectory() as folder, Victims() as victims:
-        whole = make_task(make)
-        counter = counting(whole)
-        try:
-            expected = go(whole, Path(folder, "whole"), **how)
-        finally:
-            sys.setprofile(None)
-        end, size = weights(whole), checkpoint.checkpoints(Path(folder, "whole"))[0].stat().st_size
+        whole = Path(folder, "whole")
+        expected = victims.train(whole, count=True, **how)
+        size = checkpoint.checkpoints(whole)[0].stat().st_size
         outcomes = []
-        for index, moment in enumerate(moments(count, seed=seed, calls=counter.total, checkpoints=steps // every)):
+        for index, moment in enumerate(moments(count, seed=seed, calls=expected["calls"], checkpoints=steps // every)):
             out = Path(folder, f"run-{index}")
             killed = victims.kill(out, moment, size=size, **how)
-            outcomes.append(judge(out, moment, killed, expected, end, **how))
+            outcomes.append(judge(victims, out, moment, killed, expected, **how))
             note(row(index, outcomes[-1]))
         return outcomes
 

@@ -40,7 +40,9 @@ def little_to_collect():
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
     """No module hook, no replaced forward, no dispatch mode, no autocast and no change to it may outlive a test."""
+    before = _switches()
     yield
+    assert _switches() == before, "threads or a numerical switch of torch were left changed"
     now = (torch.autocast.__init__, torch.autocast.__enter__, torch.autocast.__exit__)
     assert now == _autocast, "torch.autocast was left changed"
     assert _get_current_dispatch_mode() is None, "a dispatch mode was left on"
@@ -50,6 +52,18 @@ def nothing_left_behind():
     assert not left, f"hooks left on {left[:3]}"
     hooked = [n for m in list(_made) for n, p in m._parameters.items() if p is not None and p._backward_hooks]
     assert not hooked, f"gradient hooks left on {hooked[:3]}"
+
+
+def _switches() -> list:
+    """What changes the numbers that torch computes, in this process from now on."""
+    return [
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        *(getattr(torch.backends.mkldnn, name).fp32_precision for name in ("matmul", "conv", "rnn")),
+        (torch.full((64,), 1e-30) * 1e-10)[0].item() > 0,  # denormal numbers are there
+    ]
 
 
 def _hooks(module):
