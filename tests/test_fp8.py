@@ -209,6 +209,7 @@ def test_without_gradients_nothing_is_written_for_a_backward(monkeypatch):
     assert asked == [False, False, True, True]
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch 2.15, of vmap
 def test_gradients_of_gradients_are_refused_and_vmap_is_emulated():
     with native_anywhere(), apply(E4M3, layer := nn.Linear(32, 16)):
         x = data(4, 32).requires_grad_()

@@ -38,7 +38,7 @@ _LISTS: dict[str, dict[str, str]] = {
             _upsample_nearest_exact2d upsample_nearest3d _upsample_nearest_exact3d upsample_linear1d
             upsample_bilinear2d _upsample_bilinear2d_aa upsample_trilinear3d upsample_bicubic2d
             _upsample_bicubic2d_aa prod softmax log_softmax cumprod cumsum linalg_vector_norm
-            linalg_matrix_norm sum norm""",
+            linalg_matrix_norm linalg_matrix_sqrth sum norm""",
         "promote": "addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot scatter_add",
     },
     "cpu": {
@@ -52,7 +52,7 @@ _LISTS: dict[str, dict[str, str]] = {
             grid_sampler_3d hinge_embedding_loss huber_loss inverse kl_div l1_loss linalg_cholesky
             linalg_cholesky_ex linalg_cond linalg_eig linalg_eigh linalg_eigvals linalg_eigvalsh
             linalg_householder_product linalg_inv linalg_inv_ex linalg_lstsq linalg_matrix_rank
-            linalg_qr linalg_solve linalg_svd linalg_svdvals linalg_tensorinv linalg_tensorsolve
+            linalg_matrix_sqrth linalg_qr linalg_solve linalg_svd linalg_svdvals linalg_tensorinv linalg_tensorsolve
             lu_solve margin_ranking_loss max_pool3d max_unpool2d max_unpool3d mse_loss
             multi_margin_loss multilabel_margin_loss multilabel_margin_loss_forward nanquantile
             nll_loss nll_loss2d orgqr ormqr pinverse poisson_nll_loss polar prod qr quantile
