@@ -1,4 +1,5 @@
-"""Real models on real data that benchmarks share: each function makes a new `ps.Task`, or says what is missing.
+"""Models that benchmarks share: bundled tasks by the names that benchmarks print, and an encoder under the loss it was
+trained with. Each function makes a new `ps.Task`, or says what is missing.
 
 from realmodels import TASKS; task = TASKS["resnet"]()
 """
@@ -17,77 +18,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import precscope as ps
+from precscope.errors import TaskError
+from precscope.tasks import make_task
 
 
 class Missing(Exception):
     """A package that a model needs is not installed; the message names it."""
 
 
-class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions with batch norm, in-place as such networks are written. NCHW."""
-
-    def __init__(self, channels: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
-        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
-        self.relu = nn.ReLU(inplace=True)
-        self.down = nn.Conv2d(channels, out, 1, stride, bias=False) if stride > 1 or channels != out else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        y += self.down(x)
-        return self.relu(y)
-
-
-class ResNet(nn.Module):
-    """Images of 8 x 8 -> 10 logits: 0.17 million parameters at width 16."""
-
-    def __init__(self, width: int = 16) -> None:
-        super().__init__()
-        w = width
-        self.stem, self.bn = nn.Conv2d(1, w, 3, 1, 1, bias=False), nn.BatchNorm2d(w)
-        self.relu = nn.ReLU(inplace=True)
-        self.blocks = nn.Sequential(ResidualBlock(w, w, 1), ResidualBlock(w, 2 * w, 2), ResidualBlock(2 * w, 4 * w, 2))
-        self.head = nn.Linear(4 * w, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.blocks(self.relu(self.bn(self.stem(x)))).mean((2, 3)))
+def bundled(name: str, seed: int = 0) -> ps.Task:
+    """A bundled task. Raises Missing where something that it needs is not there."""
+    try:
+        return make_task(name, seed=seed)
+    except TaskError as error:
+        raise Missing(str(error)) from error
 
 
 def gpt(seed: int = 0) -> ps.Task:
     """The demo's GPT on the standard library's source."""
-    from precscope.tasks import make_task
-
-    return make_task("gpt", seed=seed)
+    return bundled("gpt", seed)
 
 
 def gpt_tiny() -> ps.Task:
     """The same, two layers of width 32: to see that a benchmark runs; its times say nothing."""
-    from precscope.training.tasks.gpt import gpt
-
-    return gpt("tiny")
+    return bundled("gpt@tiny")
 
 
-def resnet(width: int = 16, seed: int = 0) -> ps.Task:
+def resnet(seed: int = 0) -> ps.Task:
     """A ResNet on scikit-learn's handwritten digits: 1,797 real images, of which 297 are held out."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise Missing("scikit-learn is not installed") from error
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16 - 0.3
-    labels = torch.tensor(data.target)
-    torch.manual_seed(seed)
-
-    def batch(step: int) -> tuple[Tensor, Tensor]:
-        index = torch.randint(1500, (64,), generator=torch.Generator().manual_seed(step + 10**6 * seed))
-        return images[index], labels[index]
-
-    return ps.Task(
-        model=ResNet(width), loss=lambda m, b: F.cross_entropy(m(b[0]), b[1]), batches=batch,
-        eval_batches=[(images[1500:], labels[1500:])], name="resnet on digits",
-    )  # fmt: skip
+    task = bundled("resnet", seed)
+    task.name = "resnet on digits"
+    return task
 
 
 def minilm(size: int = 12, seed: int = 0) -> ps.Task:

@@ -4,6 +4,7 @@
         return ps.Task(model=net, loss=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), batches=loader)
 
     precscope train my_task.py:make                # or package.module:make, or a bundled name such as gpt
+    precscope train gpt@large                      # the same as gpt --size large: make(size="large")
 
 Loading a task yields a factory, because several runs that must start equal need the function that makes the task, not
 one task: `TaskRef.make()` calls it under a fixed seed, so that the parameters start equal each time.
@@ -21,15 +22,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from . import bundled
 from .batches import Reader, check_source, is_function, kind_of, make_reader, preserved_rng, seed_everything
-from .errors import PrecscopeError, TaskError, first_line, nearest, one_line
+from .errors import PrecscopeError, TaskError, UsageError, first_line, nearest, one_line
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-BUNDLED = {"gpt": "precscope.training.tasks.gpt:gpt"}
-"""Short names of the tasks that come with precscope."""
+BUNDLED = {name: info.function for name, info in bundled.TASKS.items()}
+"""Short names of the tasks that come with precscope, see bundled.py."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -42,7 +44,8 @@ class Task:
     an Optimizer class, a partial of one, or a function whose first parameter is called `params` gets the model's
     parameters; any other function gets the model. forward: (model, batch) -> output, for inference; None means
     model(*batch). after_step: (model, step), called after each optimizer step, e.g. to update an EMA. name: for
-    reports. seed: of the order and the augmentation of `batches` where they are an iterable. factory: the function
+    reports. seed: of the order and the augmentation of `batches` where they are an iterable. accumulate: micro-batches
+    per optimizer step where a run does not say it (TrainConfig.accumulate). factory: the function
     that made the task, set by `TaskRef.make`. start_state: parameters and buffers from before `ps.profile` trained the
     model, on the CPU, for `ps.recommend`; None where it did not, or where they are more than a gigabyte.
 
@@ -58,6 +61,7 @@ class Task:
     after_step: Callable[[nn.Module, int], None] | None = None
     name: str = "task"
     seed: int = 0
+    accumulate: int = 1
     factory: Callable[[], Task] | None = field(default=None, repr=False)
     start_state: dict[str, torch.Tensor] | None = field(default=None, init=False, repr=False)
     _reader: Reader | None = field(default=None, init=False, repr=False)
@@ -78,6 +82,8 @@ class Task:
                 f"Task(optimizer=...) must be None, a torch optimizer or a function that makes one, "
                 f"not {kind_of(self.optimizer)}"
             )
+        if not isinstance(self.accumulate, int) or isinstance(self.accumulate, bool) or self.accumulate < 1:
+            raise TaskError(f"Task(accumulate=...) must be an integer of at least 1, not {kind_of(self.accumulate)}")
         check_source(self.batches, "batches")
         if self.eval_batches is not None:
             check_source(self.eval_batches, "eval_batches")
@@ -151,21 +157,24 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskRef:
-    """A function that makes a task, and where it came from. name: as given by the user. function: the factory."""
+    """A function that makes a task, and where it came from. name: as given by the user. function: the factory. size:
+    its argument of this name, None where it is left to the function."""
 
     name: str
     function: Callable[..., Task]
+    size: str | None = None
 
     def make(self, *, seed: int = 0) -> Task:
         """A new task, its parameters drawn under `seed` (the global generators are then given back as they were).
 
-        A factory with a parameter `seed` receives it, so that its data can follow it too.
+        A factory with a parameter `seed` receives it, so that its data can follow it too; one with a parameter `size`
+        receives that where one was asked for.
         Raises TaskError where the function fails or returns something else than a Task.
         """
         with preserved_rng(cuda=True):
             seed_everything(seed)
             try:
-                task = self.function(**_seed_argument(self.function, seed))
+                task = self.function(**self._arguments(seed))
             except PrecscopeError:
                 raise
             except Exception as error:
@@ -181,9 +190,20 @@ class TaskRef:
         task.factory = self.make
         return task
 
+    def _arguments(self, seed: int) -> dict[str, Any]:
+        accepted = _parameters(self.function)
+        if self.size is not None and "size" not in accepted:
+            raise TaskError(
+                f"{self.name}: the function takes no parameter `size`; leave out the size, or write "
+                f"def {getattr(self.function, '__name__', 'make')}(size=...)"
+            )
+        given = {"seed": seed, "size": self.size}
+        return {name: value for name, value in given.items() if name in accepted and value is not None}
+
 
 def load_task(reference: str | Callable[..., Task] | TaskRef) -> TaskRef:
-    """Find the function behind `module:function`, `path/to/file.py:function` or a bundled name ("gpt").
+    """Find the function behind `module:function`, `path/to/file.py:function` or a bundled name ("gpt"), each with or
+    without a size ("gpt@large").
 
     A function or a TaskRef is taken as it is. The module is imported, the function is not called yet.
     Raises TaskError where the file or module is missing or fails on import, or has no such function.
@@ -192,9 +212,10 @@ def load_task(reference: str | Callable[..., Task] | TaskRef) -> TaskRef:
         return reference
     if callable(reference):
         return TaskRef(getattr(reference, "__name__", type(reference).__name__), reference)
-    where, colon, name = BUNDLED.get(reference, reference).rpartition(":")
+    plain, size = split_size(reference)
+    where, colon, name = BUNDLED.get(plain, plain).rpartition(":")
     if not colon or not where or not name:
-        hint = nearest(reference, BUNDLED)
+        hint = nearest(plain, BUNDLED)
         raise TaskError(
             f"cannot read the task {reference!r}" + (f" (did you mean {hint}?)" if hint else "") + ": give "
             f"path/to/file.py:function, module:function, or a bundled task ({', '.join(BUNDLED)})"
@@ -209,7 +230,26 @@ def load_task(reference: str | Callable[..., Task] | TaskRef) -> TaskRef:
         raise TaskError(f"{where} has no function {name!r}" + (f"; it has {hint}" if hint else ""))
     if not callable(function):
         raise TaskError(f"{reference} is {kind_of(function)}, not a function that returns a precscope.Task")
-    return TaskRef(reference, function)
+    return TaskRef(reference, function, size)
+
+
+def split_size(reference: str) -> tuple[str, str | None]:
+    """("gpt", "large") of "gpt@large"; (reference, None) where it names no size. A path may hold an @ of its own."""
+    before, at, size = reference.rpartition("@")
+    return (before, size) if at and not set(size) & set(":/\\") else (reference, None)
+
+
+def sized(reference: str, size: str | None) -> str:
+    """The reference with this size, "gpt@large"; as it is where size is None.
+
+    Raises UsageError where it names another size already.
+    """
+    plain, named = split_size(reference)
+    if size is None:
+        return reference
+    if named not in (None, size):
+        raise UsageError(f"{reference} names the size {named}, and --size says {size}: give one of them")
+    return f"{plain}@{size}"
 
 
 def make_task(reference: str | Callable[..., Task] | TaskRef, *, seed: int = 0) -> Task:
@@ -251,12 +291,11 @@ def _import_module(name: str) -> ModuleType:
         raise TaskError(f"{name} raised {type(error).__name__} on import: {first_line(error)}") from error
 
 
-def _seed_argument(function: Callable[..., Any], seed: int) -> dict[str, int]:
+def _parameters(function: Callable[..., Any]) -> set[str]:
     try:
-        parameters = inspect.signature(function).parameters
+        return set(inspect.signature(function).parameters)
     except (TypeError, ValueError):
-        return {}
-    return {"seed": seed} if "seed" in parameters else {}
+        return set()
 
 
 def _float_hint(value: Any) -> str:

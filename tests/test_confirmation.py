@@ -683,6 +683,25 @@ def test_what_bf16_is_too_coarse_for_is_not_given_fp8(tmp_path):
     assert plan["0"].compute != "fp32"
 
 
+def test_confirming_batches_are_those_after_the_recorded_micro_batches(tmp_path):
+    """Where a step takes two micro-batches, the batches after n steps are those from 2 n on."""
+    asked = []
+    task = make_task(accumulate=2)
+    batches = task.batches
+
+    def noted(step):
+        asked.append(step)
+        return batches(step)
+
+    task.batches = noted
+    profile = profiled(task, tmp_path, steps=3)
+    assert set(asked) == set(range(6))
+    asked.clear()
+    task._reader = None
+    ps.recommend(profile, formats=("bf16", "fp32"), task=task, costs="model")
+    assert asked and min(asked) >= 6
+
+
 def test_a_function_of_steps_that_ends_is_asked_no_further(tmp_path):
     x = torch.randn(32, 16)
     few = [(x, (x[:, :4] > 0).float())] * 6

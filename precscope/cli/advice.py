@@ -14,11 +14,13 @@ from .printing import (
     FormatArgument,
     RowsOption,
     RunArgument,
+    SizeOption,
     SkipOption,
     load,
     next_command,
     progress,
     say,
+    with_size,
     write_csv,
     wrote,
 )
@@ -29,6 +31,7 @@ def recommend(
     task: Annotated[
         str | None, typer.Option(help="try the plan on this task and tighten it until it holds; see train")
     ] = None,
+    size: SizeOption = None,
     formats: Annotated[str, typer.Option(help="formats that may be chosen, separated by commas")] = "fp16,bf16,fp32",
     policy: Annotated[str, typer.Option(help="autocast (fp32 master weights) or cast (.half()-style)")] = "autocast",
     costs: Annotated[str, typer.Option(help="auto (as measured on this device) or model (FLOPs and bytes)")] = "auto",
@@ -57,6 +60,7 @@ def recommend(
     from ..plans.table import text_of
     from ..reporting.text import line_width
 
+    task = with_size(task, size)
     loaded = load(run, skip_damaged=skip_damaged)
     with progress() as shown:
         plan = run_it(

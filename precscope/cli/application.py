@@ -11,10 +11,12 @@ import typer
 from .. import __version__
 from ..errors import PrecscopeError, one_line
 from .advice import forecast, recommend
+from .converting import convert
 from .inference import export, infer
 from .machine import bench_app, demo, doctor
 from .reading import ask, compare, report
 from .running import profile, trace
+from .tasks import tasks
 from .training import train
 from .tuning import tune
 
@@ -30,7 +32,9 @@ app = typer.Typer(
     epilog="--debug (or PRECSCOPE_DEBUG=1) anywhere on the line shows the traceback of an error.",
 )
 
-for _command in (demo, doctor, profile, ask, recommend, forecast, tune, train, infer, export, compare, trace, report):
+for _command in (
+    demo, doctor, tasks, profile, ask, recommend, forecast, tune, train, infer, export, convert, compare, trace, report,
+):  # fmt: skip
     app.command()(_command)
 app.add_typer(bench_app, name="bench")
 

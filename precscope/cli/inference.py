@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from .printing import SeedOption, TaskArgument, next_command, wrote
+from .printing import SeedOption, SizeOption, TaskArgument, next_command, wrote
 
 
 def infer(
     task: TaskArgument,
+    size: SizeOption = None,
     plan: Annotated[Path | None, typer.Option(help="plan.json to run with")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, tf32, bf16 or fp16, where no plan is")] = None,
     batches: Annotated[int, typer.Option(help="held-out batches at most; 0 for all")] = 8,
@@ -27,7 +28,9 @@ def infer(
     Example: precscope infer gpt --plan plan.json --run runs/plan --out runs/infer
     """
     from ..inference import infer as run_it
+    from ..tasks import sized
 
+    task = sized(task, size)
     result = run_it(
         task, plan=plan, precision=precision, batches=batches or None, repeats=repeats, answer=answer, run=run,
         out=out, device=device, seed=seed,
@@ -44,6 +47,7 @@ def infer(
 def export(
     task: TaskArgument,
     plan: Annotated[Path, typer.Option(help="plan.json that the file is to follow")],
+    size: SizeOption = None,
     out: Annotated[Path, typer.Option(help="file to write: .pt2 (torch.export) or .onnx")] = Path("model.pt2"),
     run: Annotated[Path | None, typer.Option(help="training run whose newest checkpoint gives the weights")] = None,
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="leave the batch dimension open")] = False,
@@ -56,8 +60,9 @@ def export(
     Example: precscope export gpt --plan plan.json --run runs/plan --out model.pt2
     """
     from ..exporting import export as run_it
-    from ..tasks import make_task
+    from ..tasks import make_task, sized
 
+    task = sized(task, size)
     result = run_it(
         plan, make_task(task, seed=seed), out=out, run=run, dynamic_batch=dynamic_batch, opset=opset, check=check
     )

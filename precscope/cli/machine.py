@@ -71,6 +71,7 @@ def zoo(
     case: Annotated[list[str] | None, typer.Option(help="only this case (may be repeated)")] = None,
     seed: SeedOption = 0,
     json: Annotated[Path | None, typer.Option(help="also write everything to this JSON file")] = None,
+    html: Annotated[Path | None, typer.Option(help="also write a page of it, to show to others")] = None,
 ) -> None:
     """Score the advice on models that are known to fail in fp16 or bf16, and on healthy ones that look like them.
 
@@ -83,6 +84,10 @@ def zoo(
     print(result)
     if json is not None:
         wrote(result.save(json))
+    if html is not None:
+        from ..bench.page import save_page
+
+        wrote(save_page(result, html))
     if not result.summary.good:
         raise typer.Exit(1)
 

@@ -10,11 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import UsageError
+
 if TYPE_CHECKING:
     from ..profiles import Profile
     from ..progress import Progress
 
 TaskArgument = Annotated[str, typer.Argument(help="file.py:function, module:function, or a bundled task such as gpt")]
+SizeOption = Annotated[
+    str | None,
+    typer.Option(help="size of the task, for bundled ones tiny, small, medium or large; gpt@large is the same"),
+]
 RunArgument = Annotated[Path, typer.Argument(help="run directory, as written by profile or train")]
 FormatArgument = Annotated[str, typer.Argument(help="fp16, bf16, e4m3, e5m2, ...")]
 SeedOption = Annotated[int, typer.Option(help="seed of parameters, data order and dropout")]
@@ -25,7 +31,22 @@ LiveOption = Annotated[bool, typer.Option("--live", help="show loss, scale, near
 TensorboardOption = Annotated[
     Path | None, typer.Option(help="also write a TensorBoard file: scalars, and histograms of recorded steps")
 ]
+WandbOption = Annotated[
+    str | None, typer.Option(help="also tell Weights & Biases: the project; without network WANDB_MODE=offline")
+]
+MlflowOption = Annotated[str | None, typer.Option(help="also tell MLflow: tracking URI, such as mlruns or http://...")]
 CsvOption = Annotated[Path | None, typer.Option(help="also write all rows to this CSV file")]
+
+
+def with_size(task: str | None, size: str | None) -> str | None:
+    """The task as later commands must name it: gpt@large for gpt and --size large. Raises UsageError without a task."""
+    from ..tasks import sized
+
+    if task is None:
+        if size is not None:
+            raise UsageError(f"--size {size} is of the task: give --task, too")
+        return None
+    return sized(task, size)
 
 
 def exist(overwrite: bool) -> str:

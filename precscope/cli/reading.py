@@ -13,10 +13,12 @@ from .printing import (
     FormatArgument,
     RowsOption,
     RunArgument,
+    SizeOption,
     SkipOption,
     load,
     next_command,
     progress,
+    with_size,
     write_csv,
     wrote,
 )
@@ -85,6 +87,7 @@ def compare(
         int | None, typer.Option(help="compare over so many seeds: train those that lack into RUN/seeds")
     ] = None,
     task: Annotated[str | None, typer.Option(help="task of the runs, where they do not know it or it moved")] = None,
+    size: SizeOption = None,
     margin: Annotated[float, typer.Option(help="difference that does not matter, as a share of the loss")] = 0.02,
     confidence: Annotated[float, typer.Option(help="of intervals and tests")] = 0.95,
     csv: Annotated[Path | None, typer.Option(help="also write the table to this CSV file")] = None,
@@ -97,6 +100,7 @@ def compare(
     """
     from ..comparison import compare as run
 
+    task = with_size(task, size)
     with progress() as shown:
         result = run(
             runs, baseline=baseline, seeds=seeds, task=task, margin=margin, confidence=confidence,

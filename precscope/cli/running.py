@@ -10,10 +10,13 @@ import typer
 from ..errors import UsageError
 from .printing import (
     LiveOption,
+    MlflowOption,
     OverwriteOption,
     SeedOption,
+    SizeOption,
     TaskArgument,
     TensorboardOption,
+    WandbOption,
     exist,
     next_command,
     say,
@@ -23,6 +26,7 @@ from .printing import (
 
 def profile(
     task: TaskArgument,
+    size: SizeOption = None,
     out: Annotated[Path, typer.Option(help="run directory to write")] = Path("runs/profile"),
     steps: Annotated[int, typer.Option(help="optimizer steps to train")] = 50,
     precision: Annotated[str, typer.Option(help="fp32, tf32, bf16 or fp16 (autocast)")] = "bf16",
@@ -34,31 +38,42 @@ def profile(
     infer: Annotated[bool, typer.Option("--infer", help="run the model without training it; --steps are batches")] = (
         False
     ),
-    accumulate: Annotated[int | None, typer.Option(help="micro-batches per optimizer step; default: 1")] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(help="micro-batches per optimizer step; default: the task's")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="peak learning rate; default: the trainer's")] = None,
     seed: SeedOption = 0,
     costs: Annotated[bool, typer.Option(help="also measure what each module costs in each format")] = True,
     live: LiveOption = False,
     tensorboard: TensorboardOption = None,
+    wandb: WandbOption = None,
+    mlflow: MlflowOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Train a task for some steps and record the ranges of all its tensors.
 
     Example: precscope profile gpt --steps 50 --precision bf16 --out runs/a
     """
+    from ..integrations.loggers import logging_to
     from ..live import watching
     from ..profiling import profile as run
+    from ..tasks import sized
 
+    task = sized(task, size)
     settings: dict[str, Any] = {"accumulate": accumulate, "lr": lr}
     settings = {name: value for name, value in settings.items() if value is not None}
     if infer and settings:
         raise UsageError(f"--{next(iter(settings))} is for training: leave it out, or leave out --infer")
-    name, watched = f"profile {task}", not infer or live or tensorboard is not None
-    with watching(name, out=out, live=live, tensorboard=tensorboard, precision=precision) as shown:
+    name = f"profile {task}"
+    watched = not infer or live or any(to is not None for to in (tensorboard, wandb, mlflow))
+    with (
+        watching(name, out=out, live=live, tensorboard=tensorboard, precision=precision) as shown,
+        logging_to(out, beside=shown.callback, wandb=wandb, mlflow=mlflow, precision=precision) as callback,
+    ):
         result = run(
             task, out=out, steps=steps, precision=precision, every=every, train=not infer, seed=seed, costs=costs,
             shadow_every=_shadow_every(shadow_every), ops=ops, exist=exist(overwrite),
-            progress=shown.callback if watched else None, note=shown.note, **settings,
+            progress=callback if watched else None, note=shown.note, **settings,
         )  # fmt: skip
     print(result)
     wrote(out, next=f"precscope ask {out} fp16, or precscope recommend {out}" + (f" --task {task}" if infer else ""))
@@ -79,6 +94,7 @@ def _shadow_every(text: str) -> int | str | None:
 
 def trace(
     task: TaskArgument,
+    size: SizeOption = None,
     precision: Annotated[str | None, typer.Option(help="fp16 (default), bf16, fp32 or tf32, where no plan is")] = None,
     plan: Annotated[Path | None, typer.Option(help="plan.json to run the step with")] = None,
     step: Annotated[int, typer.Option(help="whose batch, from 0")] = 0,
@@ -94,7 +110,9 @@ def trace(
     """
     from ..replaying import replay as again
     from ..replaying import trace_step
+    from ..tasks import sized
 
+    task = sized(task, size)
     if replay is not None:
         print(again(replay, task))
         next_command(f"precscope profile {task} --precision fp16")

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import UsageError
-from .printing import LiveOption, OverwriteOption, SeedOption, TaskArgument, TensorboardOption, exist, progress, wrote
+from .printing import (
+    LiveOption,
+    MlflowOption,
+    OverwriteOption,
+    SeedOption,
+    SizeOption,
+    TaskArgument,
+    TensorboardOption,
+    WandbOption,
+    exist,
+    progress,
+    wrote,
+)
 
 if TYPE_CHECKING:
     from ..plans import PrecisionPlan
@@ -17,6 +29,7 @@ if TYPE_CHECKING:
 
 def train(
     task: TaskArgument,
+    size: SizeOption = None,
     out: Annotated[Path, typer.Option(help="run directory to write")] = Path("runs/train"),
     plan: Annotated[Path | None, typer.Option(help="plan.json to train with")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 (default), tf32, bf16 or fp16, where no plan is")] = None,
@@ -27,7 +40,9 @@ def train(
     steps: Annotated[int, typer.Option(help="optimizer steps")] = 500,
     lr: Annotated[float | None, typer.Option(help="peak learning rate; default: the trainer's")] = None,
     schedule: Annotated[str, typer.Option(help="cosine, linear, constant or none")] = "cosine",
-    accumulate: Annotated[int, typer.Option(help="micro-batches per optimizer step")] = 1,
+    accumulate: Annotated[
+        int | None, typer.Option(help="micro-batches per optimizer step; default: the task's")
+    ] = None,
     grad_clip: Annotated[float, typer.Option(help="largest gradient norm; 0 for no clipping")] = 1.0,
     params: Annotated[str | None, typer.Option(help="store parameters in fp32, bf16 or fp16, where no plan is")] = None,
     updates: Annotated[
@@ -50,6 +65,8 @@ def train(
     record_every: Annotated[int | None, typer.Option(help="record the ranges of every N-th step into --out")] = None,
     live: LiveOption = False,
     tensorboard: TensorboardOption = None,
+    wandb: WandbOption = None,
+    mlflow: MlflowOption = None,
     processes: Annotated[
         int | None, typer.Option(help="train with so many processes on this machine; several machines: torchrun")
     ] = None,
@@ -69,11 +86,14 @@ def train(
 
     Example: precscope train gpt --plan plan.json --steps 200 --out runs/plan --guard promote --checkpoint-every 50
     """
+    from ..integrations.loggers import logging_to
     from ..live import watching
+    from ..tasks import sized
     from ..training import train as run
     from ..training.launching import is_not_first, started_by_launch
     from ..training.recorders import recording_every
 
+    task = sized(task, size)
     low = plan is not None or phase is not None or precision not in (None, "fp32", "float32")
     if verify and not low:
         raise UsageError(
@@ -88,17 +108,24 @@ def train(
         recorder = recording_every(record_every, out, shadow_every=shadow_every, resume=resume)
         shadow_every = None  # the recorder's
     planned = _planned(plan, precision, phase)
-    with watching(
-        f"train {task}", out=out, live=live, tensorboard=None if is_not_first() else tensorboard, precision=precision,
-        plan=planned,
-    ) as shown:  # fmt: skip
+    settings: dict[str, Any] = {} if accumulate is None else {"accumulate": accumulate}
+    if is_not_first():
+        tensorboard = wandb = mlflow = None
+    with (
+        watching(
+            f"train {task}", out=out, live=live, tensorboard=tensorboard, precision=precision, plan=planned
+        ) as shown,
+        logging_to(
+            out, beside=shown.callback, wandb=wandb, mlflow=mlflow, precision=precision, plan=planned
+        ) as callback,
+    ):  # fmt: skip
         run(
             task, out=out, plan=planned, precision=precision, steps=steps, lr=lr,
-            schedule=schedule, accumulate=accumulate, grad_clip=grad_clip or None, params=params, updates=updates,
+            schedule=schedule, grad_clip=grad_clip or None, params=params, updates=updates,
             state=state, guard=guard, eval_every=eval_every, checkpoint_every=checkpoint_every, keep=keep,
             keep_best=keep_best, save_model=save_model, shadow_every=shadow_every, strategy=strategy, compile=compile,
             resume=resume, seed=seed, exist="append" if resume else exist(overwrite),
-            recorder=recorder, progress=shown.callback,
+            recorder=recorder, progress=callback, **settings,
         )  # fmt: skip
     from ..comparison import compare as table
 

@@ -7,14 +7,17 @@ from typing import Annotated
 
 import typer
 
-from .printing import OverwriteOption, SeedOption, TaskArgument, next_command, progress, wrote
+from .printing import OverwriteOption, SeedOption, SizeOption, TaskArgument, next_command, progress, wrote
 
 
 def tune(
     task: TaskArgument,
+    size: SizeOption = None,
     steps: Annotated[int, typer.Option(help="optimizer steps of the profile")] = 50,
     formats: Annotated[str, typer.Option(help="formats that may be chosen, separated by commas")] = "fp16,bf16,fp32",
-    accumulate: Annotated[int | None, typer.Option(help="micro-batches per optimizer step; default: 1")] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(help="micro-batches per optimizer step; default: the task's")
+    ] = None,
     effective_batch: Annotated[
         int | None, typer.Option(help="examples per optimizer step, instead of --accumulate")
     ] = None,
@@ -33,10 +36,12 @@ def tune(
 
     Example: precscope tune gpt --steps 50 --effective-batch 64 --memory 4GiB --out plan.json
     """
+    from ..tasks import sized
     from ..tuning import settings_path
     from ..tuning import tune as run_it
     from .printing import exist
 
+    task = sized(task, size)
     with progress() as shown:
         chosen = run_it(
             task, steps=steps, formats=formats.split(","), accumulate=accumulate, effective_batch=effective_batch,

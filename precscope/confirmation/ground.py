@@ -42,7 +42,9 @@ class Ground:
 
     def _fresh_batches(self, profile: Profile, count: int, trial_steps: int) -> list[Any]:
         steps = profile.steps
-        first = (steps[-1] + 1 if steps else 0) * int(profile.run.get("accumulate", 1) or 1)
+        trained = profile.run.get("train")
+        per_step = int(trained.get("accumulate") or 1) if isinstance(trained, dict) else 1
+        first = (steps[-1] + 1 if steps else 0) * per_step
         found: list[Any] = []
         for index in range(max(count, trial_steps)):
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +62,8 @@ def train(
     shadow_every: run every so manieth step once more in fp32 (a shadow step, see Recorder.shadow) and record it into
     `out`: what the precision of this run really does to gradients (Profile.load(out).truth). Where there is a recorder
     it has a shadow_every of its own.
-    settings: fields of TrainConfig: seed, lr, weight_decay, betas, schedule, warmup, grad_clip, accumulate, eval_every,
-    checkpoint_every, keep, nonfinite_limit ...
+    settings: fields of TrainConfig: seed, lr, weight_decay, betas, schedule, warmup, grad_clip, eval_every,
+    checkpoint_every, keep, nonfinite_limit, accumulate (default: the task's) ...
 
     Raises UsageError, TaskError and PlanError for what cannot be done as asked, RunDirectoryError where `out` cannot be
     used, TrainingError where training cannot go on (what was logged is on disk by then).
@@ -81,6 +82,8 @@ def train(
         raise UsageError("resume=True needs out=, the run directory to go on in")
     if not isinstance(task, Task):
         task = make_task(task, seed=config.seed)
+    if "accumulate" not in settings:
+        config = replace(config, accumulate=task.accumulate)
     with Engine.from_environment(strategy, pick_device(task.model, device)) as engine:
         task.model.to(engine.device)
         mode = make_precision(precision, plan=plan, model=task.model, device=engine.device, initial_scale=initial_scale)

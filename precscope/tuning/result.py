@@ -18,7 +18,7 @@ from ..errors import RunDirectoryError, UsageError
 from ..plans import PrecisionPlan
 from ..reporting.numbers import bytes_text
 from ..store import replacing
-from ..tasks import BUNDLED
+from ..tasks import BUNDLED, split_size
 from .candidates import Candidate
 from .sums import Sums
 
@@ -68,7 +68,8 @@ class Tuning:
         how = "--precision fp32" if self.choice == "fp32" else f"--plan {self.path or 'plan.json'}"
         more = f" --lr {self.lr:g}" if self.lr is not None else ""
         more += f" --seed {self.seed}" if self.seed else ""
-        reachable = ":" in self.task or self.task in BUNDLED  # else it is a function that no command line names
+        name, _ = split_size(self.task)
+        reachable = ":" in name or name in BUNDLED  # else it is a function that no command line names
         counts = f"--accumulate {self.accumulate} --steps {self.steps}"
         return f"precscope train {self.task if reachable else 'TASK'} {how} {counts}{more} --out runs/tuned"
 

@@ -144,10 +144,11 @@ def _micro_batches(
     """(micro-batches per step, examples in each where that is known)."""
     from torch.utils._pytree import tree_leaves
 
-    shapes = [t.shape for t in tree_leaves(ref.make(seed=seed).batch(0)) if hasattr(t, "shape")]
+    task = ref.make(seed=seed)
+    shapes = [t.shape for t in tree_leaves(task.batch(0)) if hasattr(t, "shape")]
     examples = batch if batch is not None else next((int(s[0]) for s in shapes if len(s)), None)
     if effective is None:
-        return accumulate or 1, examples
+        return accumulate or task.accumulate, examples
     if examples is None:
         raise UsageError(
             "cannot see how many examples a batch of this task holds: give batch=, or accumulate= in micro-batches"

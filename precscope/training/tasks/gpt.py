@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...errors import TaskError, UsageError, nearest
+from ...bundled import TASKS
+from ...errors import TaskError
 from ...tasks import Task
 
 _SKIPPED = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "encodings", "__pycache__"}
@@ -103,17 +104,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.ln_f = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """GPT-2's: normal(0, 0.02), layers that write to the residual stream divided by sqrt(2 * layers)."""
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                into_stream = name.endswith(("attn.proj", "mlp.fc2"))
-                std = 0.02 / (2 * self.config.layers) ** 0.5 if into_stream else 0.02
-                nn.init.normal_(module.weight, std=std)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        initialise(self, config.layers)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -121,6 +112,16 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.ln_f(x))
+
+
+def initialise(model: nn.Module, layers: int) -> None:
+    """GPT-2's: normal(0, 0.02), layers that write to the residual stream divided by sqrt(2 * layers)."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            into_stream = name.endswith(("attn.proj", "mlp.fc2"))
+            nn.init.normal_(module.weight, std=0.02 / (2 * layers) ** 0.5 if into_stream else 0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def next_byte_loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -135,24 +136,19 @@ def gpt(size: str = "small", *, seed: int = 0) -> Task:
     seed: of the batches; the parameters are drawn from torch's global generator.
     Raises UsageError on another size, TaskError where this Python has no source of its standard library.
     """
-    if size not in SIZES:
-        hint = nearest(size, SIZES)
-        raise UsageError(
-            f"gpt has no size {size!r}" + (f" (did you mean {hint}?)" if hint else "") + f"; sizes: {', '.join(SIZES)}"
-        )
-    config = SIZES[size]
+    config = SIZES[TASKS["gpt"].check(size)]
     text, held_out = load_text()
     return Task(
         model=GPT(config),
         loss=next_byte_loss,
-        batches=functools.partial(_batch, text, config, seed),
-        eval_batches=[_batch(held_out, config, 2**20, step) for step in range(8)],
+        batches=functools.partial(draw, text, config, seed),
+        eval_batches=[draw(held_out, config, 2**20, step) for step in range(8)],
         forward=lambda model, batch: model(batch[0]),
         name=f"gpt-{size}",
     )
 
 
-def _batch(text: torch.Tensor, config: GPTConfig, seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(text: torch.Tensor, config: GPTConfig, seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets of `step`: int64 [batch, context] each, the targets one byte further on."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     starts = torch.randint(len(text) - config.context, (config.batch,), generator=generator)
