@@ -104,9 +104,16 @@ class Stream(nn.Module):
                 parameter.mul_(1.6).clamp_(-1.2e4, 1.2e4)
 
 
+class Keeping(nn.Linear):
+    """Leaves what it returns in an attribute, where a plan cannot see it taken."""
+
+    def forward(self, x):
+        self.kept = super().forward(x)
+        return self.kept
+
+
 class Joined(nn.Module):
-    """Two branches leave the range at the same step, and cat joins them: torch.autocast in fp16 cannot join bf16 with
-    fp16, so that bf16 will not do."""
+    """Two branches leave the range at the same step, and cat joins them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,6 +127,18 @@ class Joined(nn.Module):
     def grow(self):
         for layer in (self.left, self.right):
             layer.weight.mul_(1.8).clamp_(-2e5, 2e5)
+
+
+class JoinedUnseen(Joined):
+    """Joins what the branches keep: torch.autocast in fp16 cannot join bf16 with fp16, so that bf16 will not do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = Keeping(16, 32), Keeping(16, 32)
+
+    def forward(self, x):
+        self.left(x), self.right(x)
+        return self.head(F.layer_norm(torch.cat([self.left.kept, self.right.kept], -1), (64,)))
 
 
 class Scales(nn.Module):
@@ -155,6 +174,7 @@ CASES: dict[str, tuple[type, str]] = {
     "squares": (SumOfSquares, "body.2"),
     "stream": (Stream, "left"),
     "joined": (Joined, "left"),
+    "joined unseen": (JoinedUnseen, "left"),
     "early": (EarlySquares, "body.2"),
 }
 """Name -> model and the module at fault."""

@@ -754,6 +754,16 @@ def test_a_forward_that_was_replaced_before_is_called_and_put_back():
     assert model.__dict__["forward"] is own
 
 
+def test_a_planned_forward_that_somebody_kept_is_the_modules_own_afterwards():
+    """Accelerate wraps the forward that it finds; the plan comes off, and the wrapper stays."""
+    model, x = nn.Linear(4, 3), torch.randn(2, 4)
+    expected = model(x)
+    with apply(PrecisionPlan(default="bf16"), model):
+        kept = model.forward
+        assert kept(x).dtype is torch.bfloat16
+    assert torch.equal(kept(x), expected)
+
+
 def test_signature_and_doc_are_those_of_the_module():
     model = Net()
     own = inspect.signature(Block().forward)

@@ -105,11 +105,12 @@ def test_steps_that_were_left_out_are_taken_again(in_fp32, tmp_path):
     assert result.eval_loss == pytest.approx(in_fp32["middle"], rel=0.005)
 
 
-def test_where_formats_do_not_mix_fp32_is_taken_for_as_many_modules_as_need_it():
-    true = train(growing("joined"), precision="fp32", **RUN).eval_loss
-    result = train(growing("joined"), precision="fp16", guard="promote", **RUN)
+@pytest.mark.parametrize("name, format", [("joined", "bf16"), ("joined unseen", "fp32")])
+def test_where_formats_do_not_mix_fp32_is_taken_for_as_many_modules_as_need_it(name, format):
+    true = train(growing(name), precision="fp32", **RUN).eval_loss
+    result = train(growing(name), precision="fp16", guard="promote", **RUN)
     assert {n: result.plan[n].compute for n in ("left", "right", "head")} == {
-        "left": "fp32", "right": "fp32", "head": "fp16"
+        "left": format, "right": format, "head": "fp16"
     }  # fmt: skip
     assert result.eval_loss == pytest.approx(true, rel=0.02)
 

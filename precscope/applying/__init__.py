@@ -8,7 +8,9 @@ the copy's to the copy). Classes, parameters and state_dict keys stay. Modules o
 other form a *region*; the outermost one that is called sets the autocast state, those inside leave it alone. So a
 module's own `with torch.autocast(enabled=False)` keeps its meaning, and a module called past its parent's forward still
 runs as planned. Outputs stay in the format they have: whoever takes them casts on entry, so that neighbours of equal
-precision exchange tensors without a cast. But what a low module returns into the code of an fp32 one is cast up.
+precision exchange tensors without a cast. But what a low module returns into the code of an fp32 one is cast up, and
+so is what it returns into code under autocast of the other 16-bit dtype: neither can mix them. A parametrization's
+weight is cast to what the module around it computes in under "cast".
 
     compute        within the region
     fp32, tf32     autocast off; low inputs cast up to fp32 (fp64 stays); tf32 sets the CUDA switch for the forward

@@ -19,7 +19,7 @@ from .fp8 import fake_quantise, quantise_gradient
 from .inputs import cast_input, cast_up, fit, map_tensors, round_input
 from .scaled import product
 from .spec import MARK, Spec
-from .swaps import Swap, swap_back, swap_in
+from .swaps import Swap, strayed, swap_back, swap_in
 
 _functions: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 """Forward of a class -> its planned forward."""
@@ -56,20 +56,29 @@ def _planned_function(own: Callable[..., Any], *, bound: bool) -> Any:
 
 def _planned_forward(self, *args, **kwargs):
     """What runs instead of the module's forward. Written without anything torch.compile would have to break for."""
-    spec, now = self._precscope_plan, self._precscope_plan.now
+    spec = getattr(self, "_precscope_plan", None)
+    if spec is None:  # the plan is off, and somebody who wrapped the forward meanwhile kept this one
+        return type(self).forward(self, *args, **kwargs)
+    now = spec.now
     around = now.region
     if around == spec.region:
         if spec.kind == "autocast" and spec.fp8 is None:
             return _own_forward(self, spec, args, kwargs)
         return _run(self, spec, args, kwargs)
-    around_kind, around_attention = now.kind, now.attention
-    now.region, now.kind, now.attention = spec.region, spec.kind, spec.attention
+    around_kind, around_dtype, around_attention = now.kind, now.dtype, now.attention
+    now.region, now.kind, now.dtype, now.attention = spec.region, spec.kind, spec.dtype, spec.attention
     try:
         output = _run_region(self, spec, args, kwargs)
     finally:
-        now.region, now.kind, now.attention = around, around_kind, around_attention
-    if around_kind == "fp32" and spec.kind != "fp32":
+        now.region, now.kind, now.dtype, now.attention = around, around_kind, around_dtype, around_attention
+    if spec.weight and around_kind == "cast":  # what multiplies with it runs in that dtype alone
+        return map_tensors(output, partial(cast_input, kind="cast", dtype=around_dtype))
+    if spec.kind == "fp32":
+        return output
+    if around_kind == "fp32":
         return map_tensors(output, cast_up)  # the code of an fp32 module is not under autocast: it cannot mix dtypes
+    if around_kind == "autocast" and around_dtype is not spec.dtype:  # nor can autocast mix its dtype with another
+        return map_tensors(output, partial(cast_input, kind="autocast", dtype=around_dtype))
     return output
 
 
@@ -113,11 +122,12 @@ def _run(module: nn.Module, spec: Spec, args: tuple, kwargs: dict) -> Any:
         args, kwargs = map_tensors(args, cast), map_tensors(kwargs, cast)
     if spec.lookup:
         return map_tensors(_own_forward(module, spec, args, kwargs), cast)
-    if not spec.swap and spec.fp8 is None:
+    swap = spec.swap or ((module,) if strayed(module, spec) else ())
+    if not swap and spec.fp8 is None:
         return _own_forward(module, spec, args, kwargs)
     swapped: list[Swap] = []
     try:
-        swap_in(spec, swapped)
+        swap_in(swap, spec, swapped)
         if spec.fp8 is None:
             return _own_forward(module, spec, args, kwargs)
         if spec.native and (output := product(module, args, kwargs, spec.native)) is not None:
@@ -131,4 +141,4 @@ def _run(module: nn.Module, spec: Spec, args: tuple, kwargs: dict) -> Any:
         args, kwargs = map_tensors(args, operand), map_tensors(kwargs, operand)
         return quantise_gradient(_own_forward(module, spec, args, kwargs))
     finally:
-        swap_back(module, spec, swapped)
+        swap_back(module, swap, swapped)

@@ -119,7 +119,7 @@ def remove(model: nn.Module) -> None:
             if spec.previous is not None:
                 module.__dict__["forward"] = spec.previous
         for (table, name), original in spec.stored.items():
-            restore(getattr(module, table).get(name), original)
+            restore(getattr(module, table).get(name), original, spec.stored_in[table, name])
 
 
 def unwrap(model: nn.Module) -> nn.Module:

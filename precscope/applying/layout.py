@@ -8,6 +8,7 @@ from collections import defaultdict
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from ..errors import PlanError
 from ..plans import LayerPrecision, PrecisionPlan
@@ -125,6 +126,7 @@ class Layout:
             now=now,
             target=dtype if kind == "cast" else torch.float32,
             lookup=module in self.lookups,
+            weight=isinstance(module, ParametrizationList),
             attention=kind == "cast" and layer.params == "fp32" and dtype is torch.bfloat16,
         )
 

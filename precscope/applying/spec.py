@@ -17,11 +17,13 @@ MARK = "_precscope_plan"
 
 
 class Now:
-    """Which region is running, of which kind ("" outside the model), and its `attention`; one per applied plan."""
+    """Which region is running, of which kind ("" outside the model) and dtype, and its `attention`; one per applied
+    plan."""
 
     def __init__(self) -> None:
         self.region = -1
         self.kind = ""
+        self.dtype = torch.float32
         self.attention = False
 
 
@@ -32,8 +34,9 @@ class Spec:
     kind: "fp32", "autocast" or "cast". dtype: that of the compute. fp8: format of the operands of this matmul module,
     else None. native: device type whose own 8-bit products it takes, "" where they are emulated. tf32: how the CUDA
     switch must stand, None where it is left alone. region: a number. target: the dtype in which the forward sees the
-    tensors of the modules in `swap`, which are stored in another. previous: the instance's own forward before, if it
-    had one. stored: (table, name) -> the tensor before its storage was converted.
+    tensors of the modules in `swap`, which are stored in another. weight: whether what it returns is a parameter of
+    the module around it (a parametrization). previous: the instance's own forward before, if it had one. stored:
+    (table, name) -> the tensor before its storage was converted; stored_in: the dtype that it was converted to.
     """
 
     kind: str
@@ -47,8 +50,10 @@ class Spec:
     swap: tuple[nn.Module, ...] = ()
     lookup: bool = False
     attention: bool = False
+    weight: bool = False
     previous: Callable[..., Any] | None = None
     stored: dict[tuple[str, str], Tensor | torch.dtype] = dataclasses.field(default_factory=dict)
+    stored_in: dict[tuple[str, str], torch.dtype] = dataclasses.field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Spec:
         return Spec(**{f.name: copy.deepcopy(getattr(self, f.name), memo) for f in dataclasses.fields(self)})

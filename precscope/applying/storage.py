@@ -55,21 +55,24 @@ def convert(owners: list[tuple[nn.Module, str, str]], dtype: torch.dtype) -> Non
     original = tensor.data
     _set_data(tensor, original.to(dtype))
     for module, table, name in owners:
-        getattr(module, MARK).stored[table, name] = original
+        spec = getattr(module, MARK)
+        spec.stored[table, name], spec.stored_in[table, name] = original, dtype
 
 
-def restore(tensor: Tensor | None, original: Tensor | torch.dtype) -> None:
+def restore(tensor: Tensor | None, original: Tensor | torch.dtype, stored_in: torch.dtype) -> None:
     """Undo `convert`: elements that still are the rounding of the original become the original, others are cast. Where
-    the original was let go, and its dtype alone is known, all are cast."""
-    if tensor is None or tensor.dtype is (original if isinstance(original, torch.dtype) else original.dtype):
+    the original was let go, and its dtype alone is known, all are cast. Code of the model may have changed the dtype
+    since (routers that call `.to(torch.float32)` in their forward)."""
+    if tensor is None:
         return
     if isinstance(original, torch.dtype):
-        _set_data(tensor, tensor.data.to(original))
+        if tensor.dtype is not original:
+            _set_data(tensor, tensor.data.to(original))
         return
     now = tensor.data
     if now.shape == original.shape:
         original = original.to(now.device)
-        changed = _bits(now) != _bits(original.to(now.dtype))
+        changed = _bits(now) != _bits(original.to(stored_in).to(now.dtype))
         if changed.any():
             original.copy_(torch.where(changed, now.to(original.dtype), original))
         now = original

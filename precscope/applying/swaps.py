@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .dtypes import differs
+from .dtypes import BATCHNORM, differs
 from .spec import Spec
 
 
@@ -24,10 +24,21 @@ class Swap(NamedTuple):
     merge: bool = True
 
 
-def swap_in(spec: Spec, swapped: list[Swap]) -> None:
+def strayed(module: nn.Module, spec: Spec) -> bool:
+    """Whether its parameters are no longer stored as they were when the plan was applied: some models convert a module
+    in their forward (mixtures of experts keep routers in fp32 so)."""
+    if spec.kind != "cast" or spec.lookup or isinstance(module, BATCHNORM) or torch.compiler.is_compiling():
+        return False
+    for tensor in module._parameters.values():
+        if tensor is not None and differs(tensor, spec.target, doubles=True):
+            return True
+    return False
+
+
+def swap_in(modules: tuple[nn.Module, ...], spec: Spec, swapped: list[Swap]) -> None:
     """Put casts in place of what is not stored in the target dtype; nothing to do where a module around has done it."""
     doubles = spec.kind == "cast"
-    for module in spec.swap:
+    for module in modules:
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for table in tables:
             for name, tensor in list(table.items()):
@@ -44,7 +55,7 @@ def _version(tensor: Tensor) -> int | None:
     return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
-def swap_back(module: nn.Module, spec: Spec, swapped: list[Swap]) -> None:
+def swap_back(module: nn.Module, modules: tuple[nn.Module, ...], swapped: list[Swap]) -> None:
     """Put the stored tensors back, with what the forward wrote to its casts (running statistics, say)."""
     for swap in reversed(swapped):
         now = swap.table.get(swap.name)
@@ -54,7 +65,7 @@ def swap_back(module: nn.Module, spec: Spec, swapped: list[Swap]) -> None:
                 _merge(swap.stored, swap.seen)
         elif now is not None:  # assigned anew in the forward
             swap.table[swap.name] = now if isinstance(now, nn.Parameter) else now.to(swap.stored.dtype)
-    for owner in spec.swap:
+    for owner in modules:
         if isinstance(owner, nn.RNNBase):
             refresh_flat_weights(owner)
 

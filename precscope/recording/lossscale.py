@@ -7,6 +7,18 @@ from typing import Any
 
 import torch
 
+from ..errors import UsageError
+
+
+def checked(scaler: Any) -> Any:
+    """`scaler` itself. Raises UsageError where its scale cannot be read."""
+    if scaler is None or isinstance(scaler, int | float) or callable(getattr(scaler, "get_scale", None)):
+        return scaler
+    raise UsageError(
+        f"scaler must be a torch.amp.GradScaler or a number, not {type(scaler).__name__}: gradients of a step have one "
+        "loss scale; where two models have a scaler each, record each model by itself"
+    )
+
 
 def loss_scale(scaler: Any) -> float | torch.Tensor | None:
     """The scale of the running step, as a device tensor (a copy) where there is one; None where there is none.
@@ -15,7 +27,7 @@ def loss_scale(scaler: Any) -> float | torch.Tensor | None:
     """
     if scaler is None or isinstance(scaler, int | float):
         return scaler
-    if not scaler.is_enabled():
+    if not getattr(scaler, "is_enabled", lambda: True)():
         return None
     get_async = getattr(scaler, "_get_scale_async", None)
     scale = get_async() if get_async is not None else None

@@ -30,8 +30,9 @@ from .distributed import ddp_in
 from .eagerness import EagerCost
 from .observations import Observations
 from .output import Output
+from .owners import watched_modules
 from .updates import OptimizerWatcher, as_list
-from .watcher import Watcher, watched_modules
+from .watcher import Watcher
 
 if TYPE_CHECKING:
     from .shadow import Closure, Truth
@@ -82,7 +83,7 @@ class Recorder:
         self.shadow_every, self.ops = shadow_every, ops
         self._out, self._exist, self._info, self._merge = Path(out), exist, info or {}, merge
         self._optimizers = as_list(optimizer)
-        self.scaler = scaler
+        self.scaler = lossscale.checked(scaler)
         self._max_calls = max_calls
         self._eager = ForcedEager()
         self._open = False
@@ -111,7 +112,10 @@ class Recorder:
 
     def _begin(self) -> None:
         self._observations = Observations(self._ranks.world)
-        self._watcher = Watcher(self.model, self._observations, scale=self._loss_scale, max_calls=self._max_calls)
+        self._watcher = Watcher(
+            self.model, self._observations, scale=self._loss_scale, max_calls=self._max_calls,
+            training=bool(self._optimizers),
+        )  # fmt: skip
         self._updates = OptimizerWatcher(
             self._optimizers, self._observations, self._watcher.owners, self._watcher.names
         )
@@ -143,7 +147,8 @@ class Recorder:
             self._observations = Observations()
 
     def step(self) -> None:
-        """End an optimizer step. Call it once after each `optimizer.step()`, `scaler.update()` included.
+        """End an optimizer step. Call it once after each `optimizer.step()`, `scaler.update()` included; where a round
+        of the loop steps several optimizers, once after the last.
 
         Raises UsageError outside the `with` block.
         """
@@ -369,9 +374,10 @@ def record(
                 ...
                 rec.step()
 
-    optimizer: one or several; their updates and state are recorded. scaler: the GradScaler (or a number) whose scale
-    is divided out of gradients. every: record steps 0, every, 2 every, ... flush_every: recorded steps per part.
-    max_calls: call indices kept apart per module and pass. shadow_every: which recorded steps `rec.shadow(...)`
+    optimizer: one or several, `optimizer=[a, b]`; their updates and state are recorded, and passes without gradients of
+    a model in eval mode are taken for evaluations and left out. scaler: the GradScaler (or a number) whose scale is
+    divided out of gradients; a step has one. every: record steps 0, every, 2 every, ... flush_every: recorded steps per
+    part. max_calls: call indices kept apart per module and pass. shadow_every: which recorded steps `rec.shadow(...)`
     takes: multiples of a number, the steps of a collection, or, with None, all in which it is called. ops: these steps
     also record the result of every op. on_error:
     "warn" stops recording when the directory cannot be written and lets the run go on; "raise" ends it. exist: see

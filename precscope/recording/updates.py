@@ -130,7 +130,8 @@ class OptimizerWatcher:
             if sites is None or values is None or parameter in self._before:
                 continue
             self._before[parameter] = values.clone()
-            self._record_missed_gradient(parameter, sites)
+            if not _closure(args, kwargs):  # which is to compute the gradients: those there are of an earlier step
+                self._record_missed_gradient(parameter, sites)
 
     def _note_lr(self, optimizer: torch.optim.Optimizer) -> None:
         index = next(i for i, known in enumerate(self.optimizers) if known is optimizer)
@@ -163,6 +164,8 @@ class OptimizerWatcher:
             if before is None or after is None:
                 continue
             sites = self._owners[parameter]
+            if _closure(args, kwargs):
+                self._record_missed_gradient(parameter, sites)
             update_sites = [s._replace(role=Role.UPDATE) for s in sites]
             self._observations.reduce_update(self._step, update_sites, before, after)
             if isinstance(found_inf, torch.Tensor):
@@ -182,6 +185,11 @@ def _state(state: dict[str, Any], sites: list[Site]) -> Iterable[tuple[list[Site
         values = dense(value) if isinstance(value, torch.Tensor) and value.dim() > 0 else None
         if values is not None:
             yield [Site(s.module, Role.STATE, 0, f"{s.tensor}.{key}") for s in sites], values
+
+
+def _closure(args: Any, kwargs: Any) -> bool:
+    """Whether optimizer.step was given a closure. args: with the optimizer itself first."""
+    return kwargs.get("closure") is not None or any(callable(value) for value in args[1:2])
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:
@@ -208,9 +216,11 @@ def as_list(optimizer: Any) -> list[torch.optim.Optimizer]:
     """One or several optimizers, or None, as a list. Raises UsageError for anything else."""
     if optimizer is None:
         return []
-    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-    optimizers = [_inner(item) for item in optimizers]
+    one = isinstance(_inner(optimizer), torch.optim.Optimizer) or not isinstance(optimizer, Iterable)
+    optimizers = [_inner(item) for item in ([optimizer] if one else optimizer)]
     for item in optimizers:
         if not isinstance(item, torch.optim.Optimizer):
-            raise UsageError(f"optimizer must be a torch.optim.Optimizer or several, not {type(item).__name__}")
-    return optimizers
+            raise UsageError(
+                f"optimizer must be a torch.optim.Optimizer or several, optimizer=[a, b], not {type(item).__name__}"
+            )
+    return list({id(item): item for item in optimizers}.values())

@@ -19,10 +19,10 @@ from torch import nn
 from ..batches import RandomStates
 from ..sites import Role, Site
 from .observations import Observations, Slot
+from .owners import parameter_owners, sharded_parameters, watched_modules
 from .tensors import call_tensors, dense, named_tensors
 
 _MOST_PASSES = 4096  # of one step, whose random states are kept: 30 kB each
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 class _Seen:
@@ -44,25 +44,19 @@ class _Seen:
         return self.ref() is x and self.version == _version(x)
 
 
-def watched_modules(model: nn.Module) -> dict[nn.Module, str]:
-    """Modules that compute or own parameters, with their first name: the root, and all others but pure containers,
-    whose tensors are their children's. A shared module appears once. Modules compiled by torch.jit.script take no
-    hooks: they are part of the module around them."""
-    return {
-        m: name
-        for name, m in model.named_modules()
-        if not isinstance(m, torch.jit.ScriptModule)
-        and (not name or type(m) not in _CONTAINERS or next(m.parameters(recurse=False), None) is not None)
-    }
-
-
 class Watcher:
     """Attaches to a model for the recorded steps and links what passes to rows of `observations`.
 
-    max_calls: calls of one module beyond this many within a pass share the last call index.
-    A pass is one forward of the root. Parts that a reentrant checkpoint recomputes inside backward come in reverse
-    order: the gradients of a module that was called n times are given to calls n - 1 down to 0, which is right where
-    each checkpointed part calls it once. Copies and replicas of the model, which share its hooks, are not recorded.
+    max_calls: calls of one module beyond this many within a pass share the last call index. training: leave out what
+    is no training: passes without gradients of a model in eval mode.
+
+    A pass is one forward of the root. Where the loop calls parts of it instead (a container of two models, a
+    LightningModule), a pass begins with the first call in a step, and with the first one after a gradient was seen, so
+    that micro-batches count their calls alike.
+
+    Parts that a reentrant checkpoint recomputes inside backward come in reverse order: the gradients of a module that
+    was called n times are given to calls n - 1 down to 0, which is right where each checkpointed part calls it once.
+    Copies and replicas of the model, which share its hooks, are not recorded.
     """
 
     def __init__(
@@ -72,6 +66,7 @@ class Watcher:
         *,
         scale: Callable[[], float | torch.Tensor | None],
         max_calls: int = 16,
+        training: bool = False,
     ) -> None:
         self.model = model
         self.names = watched_modules(model)
@@ -84,14 +79,17 @@ class Watcher:
         self._observations = observations
         self._scale = scale
         self._max_calls = max_calls
+        self._training = training
         self._handles: list[Any] = []
+        self._frozen: dict[torch.Tensor, list[Site]] = {}  # parameters that could not be hooked -> gradient sites
+        self._fresh = True  # whether the next call of a part begins a pass
         self._tensor_handles: list[Any] = []
         self._seen: dict[int, _Seen] = {}
         self._stack: list[tuple[str, int]] = []
         self._counts: Counter[str] = Counter()
         self._recomputed: Counter[str] = Counter()
         self._grad_hooked: set[Site] = set()
-        self._sharded = _sharded_parameters(self.owners)
+        self._sharded = sharded_parameters(self.owners)
         self._gathered: dict[int, torch.Tensor] = {}  # whole parameters that FSDP2 puts in place of shards, hooked
         self._step: int | None = None
         self._weights_done = False
@@ -108,7 +106,7 @@ class Watcher:
 
     def attach(self, step: int) -> None:
         """Hook every watched module and parameter; what passes from now on belongs to `step`."""
-        self._step, self._weights_done = step, False
+        self._step, self._weights_done, self._fresh = step, False, True
         self.weight_slots.clear()
         self.began = RandomStates.take(cuda=True)
         self.passes_began, self.versions = [], []
@@ -118,10 +116,19 @@ class Watcher:
         for module in self.names:
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
-        for parameter, sites in self.owners.items():
-            if parameter.requires_grad and parameter.is_floating_point():
-                grad_sites = [s._replace(role=Role.GRAD_WEIGHT) for s in sites]
-                self._handles.append(parameter.register_hook(partial(self._gradient, grad_sites)))
+        self._frozen = {
+            p: [s._replace(role=Role.GRAD_WEIGHT) for s in sites]
+            for p, sites in self.owners.items()
+            if isinstance(p, nn.Parameter) and p.is_floating_point()
+        }
+        self._hook_unfrozen()
+
+    def _hook_unfrozen(self) -> None:
+        """Watch the gradients of parameters that have one by now: loops with several optimizers freeze the other model
+        in turns."""
+        for parameter in [p for p in self._frozen if p.requires_grad]:
+            sites = self._frozen.pop(parameter)
+            self._handles.append(parameter.register_hook(partial(self._gradient, sites)))
 
     def detach(self) -> None:
         """Take all hooks off."""
@@ -140,9 +147,19 @@ class Watcher:
         self._begin_pass()
 
     def _begin_pass(self) -> None:
-        for seen in self._seen.values():
-            self._add_edges(seen)
-        self._seen.clear()
+        self._forget(list(self._seen))
+        self._begin_counting()
+
+    def _begin_pass_of_parts(self) -> None:
+        """Like `_begin_pass`, but tensors that live on are known: one part's output may be another's input."""
+        self._forget([key for key, seen in self._seen.items() if seen.ref() is None])
+        self._begin_counting()
+
+    def _forget(self, keys: list[int]) -> None:
+        for key in keys:
+            self._add_edges(self._seen.pop(key))
+
+    def _begin_counting(self) -> None:
         self._counts.clear()
         self._recomputed.clear()
         self._grad_hooked.clear()
@@ -165,15 +182,17 @@ class Watcher:
 
     def _concerns(self, module: nn.Module) -> bool:
         """Not while paused, not copies and replicas, not under torch.func transforms, whose tensors have no data."""
-        outside = self._step is None or self.paused or module not in self.names
+        outside = self._step is None or self.paused or module not in self.names or self._is_evaluation()
         return not outside and torch._C._functorch.peek_interpreter_stack() is None
+
+    def _is_evaluation(self) -> bool:
+        """Whether a pass that is no part of the training begins or goes on."""
+        return self._training and not self.model.training and not self._stack and not torch.is_grad_enabled()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recompute = _inside_backward()
-        if module is self.model and not recompute and not self._stack:
-            self._begin_pass()
-            self.passes += 1
-            self._note_pass()
+        if not recompute and not self._stack:
+            self._begin_call(module)
         if not self._weights_done:
             self._record_weights()
         name = self.names[module]
@@ -185,6 +204,20 @@ class Watcher:
             if seen is not None and not recompute:
                 seen.consumers.append(name)
         self._stack.append((name, call))
+
+    def _begin_call(self, module: nn.Module) -> None:
+        """The loop calls `module`."""
+        if self._frozen:
+            self._hook_unfrozen()
+        if module is self.model:
+            self._begin_pass()
+        elif self._fresh:
+            self._begin_pass_of_parts()
+        else:
+            return
+        self._fresh = False
+        self.passes += 1
+        self._note_pass()
 
     def _hook_gathered(self, module: nn.Module, sites: dict[str, list[Site]]) -> None:
         """Watch the gradients of parameters that FSDP2 gathers for this call: this process's own, before they are
@@ -237,6 +270,7 @@ class Watcher:
     def _gradient(self, sites: list[Site], gradient: torch.Tensor) -> None:
         if self._step is None or gradient is None or self.paused:
             return
+        self._fresh = True
         values = dense(gradient)
         if values is None:
             return
@@ -331,27 +365,6 @@ class Watcher:
 
     def _weight_values(self, tensor: torch.Tensor) -> torch.Tensor | None:
         return dense(tensor)
-
-
-def parameter_owners(names: dict[nn.Module, str]) -> dict[torch.Tensor, list[Site]]:
-    """Parameters and floating buffers -> the weight sites of every module that owns them (several where tied)."""
-    owners: dict[torch.Tensor, list[Site]] = {}
-    for module, name in names.items():
-        for local, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            if tensor.is_floating_point():
-                owners.setdefault(tensor, []).append(Site(name, Role.WEIGHT, 0, local))
-    return owners
-
-
-def _sharded_parameters(owners: dict[torch.Tensor, list[Site]]) -> dict[str, dict[str, list[Site]]]:
-    """Module -> its own parameters that are distributed tensors -> the gradient sites of all that own them."""
-    found: dict[str, dict[str, list[Site]]] = {}
-    for tensor, sites in owners.items():
-        if hasattr(tensor, "placements") and isinstance(tensor, nn.Parameter):
-            for site in sites:
-                gradients = [s._replace(role=Role.GRAD_WEIGHT) for s in sites]
-                found.setdefault(site.module, {})[site.tensor] = gradients
-    return found
 
 
 def _is_below(name: str, ancestor: str) -> bool:
