@@ -30,7 +30,7 @@ _WHERE = {
     "emulate": "emulation",
     "recommend": "confirmation",
     "tune": "tuning",
-    "infer": "inference", "export": "exporting",
+    "infer": "inference", "export": "exporting", "convert": "converting",
     "compare": "comparison", "verify": "comparison",
     "report": "reporting",
     "plot": "plotting",

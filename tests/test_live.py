@@ -275,17 +275,17 @@ def test_a_watched_run_is_the_same_bit_for_bit(tmp_path):
 
 
 def test_formats_come_from_the_plan_and_fp32_asks_about_fp16(tmp_path):
-    from precscope.live.watching import _formats
+    from precscope.live.watching import formats_of
     from precscope.training.phases import parse
 
     plan = ps.PrecisionPlan(default="fp16", modules={"head": "fp32", "body": "e4m3"})
-    of, assumed = _formats(None, plan)
+    of, assumed = formats_of(None, plan)
     assert not assumed and of("head", 0) is None and of("body", 0).name == "e4m3" and of("x", 0).name == "fp16"
-    of, assumed = _formats("fp32", None)
+    of, assumed = formats_of("fp32", None)
     assert assumed and of("x", 0).name == "fp16"
-    of, assumed = _formats("bf16", None)
+    of, assumed = formats_of("bf16", None)
     assert not assumed and of("x", 0).name == "bf16"
-    of, assumed = _formats(None, parse(["0:bf16", "3:fp16", "5:fp32"]))
+    of, assumed = formats_of(None, parse(["0:bf16", "3:fp16", "5:fp32"]))
     assert not assumed and [f and f.name for f in (of("x", 0), of("x", 3), of("x", 9))] == ["bf16", "fp16", None]
     with pytest.raises(PlanError, match="no such file"), watching("x", live=True, plan=tmp_path / "no.json"):
         pass

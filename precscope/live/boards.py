@@ -46,7 +46,7 @@ class Board:
         self._parts = None if out is None else Parts(out)
         self.failed = ""
         self._open: Any = None  # nothing is written before there is something to write
-        self._make = _writer_class()
+        self._make = writer_class()
         self._skipped, self._next, self._began = 0, 0, False
         self._sites: set[Site] = set()
 
@@ -145,7 +145,7 @@ def raw_histogram(table: StatsTable, row: int) -> Iterator[dict[str, Any]]:
     }  # fmt: skip
 
 
-def _writer_class() -> Any:
+def writer_class() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

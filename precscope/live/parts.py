@@ -19,7 +19,7 @@ from ..store import Totals, list_parts, read_part
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_COUNTED = (Role.INPUT, Role.OUTPUT, Role.WEIGHT, Role.GRAD_INPUT, Role.GRAD_OUTPUT, Role.GRAD_WEIGHT)
+COUNTED = (Role.INPUT, Role.OUTPUT, Role.WEIGHT, Role.GRAD_INPUT, Role.GRAD_OUTPUT, Role.GRAD_WEIGHT)
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Flushed:
         value which another one holds exactly, too: it was handed on."""
         found: dict[tuple[float, str], tuple[float, Site, float, str]] = {}
         for site, reach in zip(self.sites, self.reach.tolist(), strict=True):
-            fmt = format_of(site.module) if site.role in _COUNTED else None
+            fmt = format_of(site.module) if site.role in COUNTED else None
             if fmt is None or not reach > 0:
                 continue
             key = reach, fmt.name
@@ -76,12 +76,12 @@ class Parts:
                     tables.append(table if len(later) == table.num_rows else table.take(later))
         if not tables:
             return None
-        made = _flushed(tables)
+        made = flushed_of(tables)
         self._step = made.steps[-1]
         return made
 
 
-def _flushed(tables: list[pa.Table]) -> Flushed:
+def flushed_of(tables: list[pa.Table]) -> Flushed:
     totals, reached = Totals(), []
     for table in tables:
         keys = totals.keys_of(table)

@@ -48,7 +48,7 @@ def watching(
     with ExitStack() as stack:
         board = stack.enter_context(Board(tensorboard, out=out)) if tensorboard is not None else None
         if live:
-            format_of, assumed = _formats(precision, plan)
+            format_of, assumed = formats_of(precision, plan)
             shown: Any = stack.enter_context(LiveView(name, out=out, format_of=format_of, assumed=assumed))
             callback = shown
         else:
@@ -73,7 +73,7 @@ class _Several:
             callback(done, total, loss)
 
 
-def _formats(
+def formats_of(
     precision: str | None, plan: PrecisionPlan | str | Path | None
 ) -> tuple[Callable[[str, int], FloatFormat | None], bool]:
     """(module, step -> format whose end counts, whether that is not the one in use): None for modules in fp32, unless
