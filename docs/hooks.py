@@ -28,7 +28,7 @@ SECTIONS = {
     "Recommend": ("recommend", "PrecisionPlan", "LayerPrecision", "Reason", "apply", "emulate"),
     "Train": ("train", "TrainConfig", "TrainResult", "GuardConfig", "read_events", "tune"),
     "Prove": ("compare", "verify", "trace", "trace_step"),
-    "Use": ("infer", "export", "report", "plot"),
+    "Use": ("infer", "export", "convert", "report", "plot"),
     "Errors": ("PrecscopeError", "UsageError", "RunError"),
 }
 """Public names in the order of the API page; a name that is missing here comes last, under "More"."""

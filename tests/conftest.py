@@ -14,6 +14,8 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("KERAS_BACKEND", "torch")
 
 
 _made: weakref.WeakSet = weakref.WeakSet()

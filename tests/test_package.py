@@ -16,9 +16,10 @@ ROOT = Path(precscope.__file__).parent
 # From the ground up; a module imports only from rooms before its own (or its own package).
 ORDER = [
     "errors", "formats", "sites", "histogram", "stats", "reference", "rounding", "kernels", "store", "events",
-    "opstore", "plans", "profiles", "batches", "preservation", "tasks", "attribution", "emulation", "applying",
-    "recording", "tracing", "advice", "training", "confirmation", "profiling", "replaying", "comparison",
-    "reporting", "plotting", "progress", "live", "tuning", "inference", "exporting", "doctor", "demo", "zoo", "bench",
+    "opstore", "plans", "profiles", "batches", "preservation", "bundled", "tasks", "attribution", "emulation",
+    "applying", "recording", "tracing", "advice", "training", "confirmation", "profiling", "replaying", "comparison",
+    "reporting", "plotting", "progress", "live", "tuning", "inference", "exporting", "integrations",
+    "converting", "doctor", "demo", "zoo", "bench",
     "cli",
 ]  # fmt: skip
 

