@@ -23,7 +23,8 @@ lint: $(VENV)/.test
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
-# torch first and pinned: a plain `torch` would bring CUDA packages of several gigabytes to machines without a GPU.
+# torch first and pinned. On Linux the registry's build brings CUDA packages of several gigabytes; where no GPU is at hand
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu makes pip take the CPU build of the same version.
 $(VENV)/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt torch

@@ -19,7 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +208,13 @@ def keras_ways(steps: int, every: int) -> Ways:
     }
 
 
+UNTIMED = {"keras": 2}
+"""Steps before the clock begins."""
+PACKAGES = {
+    "transformers": ("transformers", "accelerate"),
+    "lightning": ("lightning", "transformers"),
+    "keras": ("keras",),
+}
 FRAMEWORKS = {"transformers": transformers_ways, "lightning": lightning_ways, "keras": keras_ways}
 
 
@@ -237,20 +244,18 @@ def main() -> int:
     found, targets = [], []
     print(f"{'trainer':<13} {'way':<15} {'ms per step':>12} {'over unwatched':>26} {'over ps.record':>26}")
     for framework in given.only or FRAMEWORKS:
-        ways: Ways | None = None
-        with suppress(ImportError):
-            ways = FRAMEWORKS[framework](given.steps, given.every)
-        if ways is None:
-            print(f"{framework:<13} is not installed")
+        missing = [name for name in PACKAGES[framework] if find_spec(name) is None]
+        if missing:
+            print(f"{framework:<13} left out: {', '.join(missing)} is not installed")
             continue
-        times = measure(ways, given.rounds)
+        times = measure(FRAMEWORKS[framework](given.steps, given.every), given.rounds)
         for way, seconds in times.items():
             over = {
                 other: spread([a / b for a, b in zip(seconds, times[other], strict=True)])
                 for other in ("unwatched", "ps.record")
                 if other in times and other != way
             }
-            step = 1e3 * spread(seconds).median / given.steps
+            step = 1e3 * spread(seconds).median / (given.steps - UNTIMED.get(framework, 0))
             cells = [str(over.get(other, "")) for other in ("unwatched", "ps.record")]
             print(f"{framework:<13} {way:<15} {step:>12.2f} {cells[0]:>26} {cells[1]:>26}", flush=True)
             ratios = {f"over {other}": value.__dict__ for other, value in over.items()}

@@ -127,6 +127,8 @@ def _in_a_process_of_its_own(folder: Path, chosen: Sequence[Architecture]) -> tu
             [sys.executable, __file__, "--stub", "--json", str(out), "--only", *names],
             env={**os.environ, "PYTHONPATH": paths},
         )
+        if not out.is_file():
+            raise SystemExit(f"the process with {folder} on its path wrote nothing: is timm there?")
         content = json.loads(out.read_text(encoding="utf-8"))
     rows = [{**r, "recorded": {p: Recorded(**v) for p, v in r["recorded"].items()}} for r in content["rows"]]
     return [Result(**row) for row in rows], content["packages"]
@@ -166,7 +168,8 @@ def _page(results: Sequence[Result], packages: dict[str, str], *, timm: bool) ->
     recorded = [p for r in results for p in r.recorded.values() if p.ran]
     covered, leaves = sum(p.covered for p in recorded), sum(p.leaves for p in recorded)
     summary = (
-        f"{full} of {len(results)} architectures without fault; {sum(p.identical for p in recorded)} of "
+        f"{full} of {len(results)} architectures without a fault of precscope's ({len(notes)} notes tell what PyTorch "
+        f"cannot run on a CPU); {sum(p.identical for p in recorded)} of "
         f"{len(recorded)} recorded runs equal bit for bit; {covered} of {leaves} statistics of leaf modules are right."
     )
     below = [""] * bool(notes) + [f"{i}. {note}" for i, note in enumerate(notes, 1)] + [_TIMM] * timm

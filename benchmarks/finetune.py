@@ -1,6 +1,7 @@
 """Does a pretrained model, fine-tuned with a recommended plan, reach the accuracy of fp32?
 
-    python benchmarks/finetune.py [text] [--seeds 5] [--steps 120] [--formats fp16,bf16,fp32] [--json OUT] [--quick]
+    python benchmarks/finetune.py [text] [--seeds 5] [--steps 120] [--formats fp16,bf16,fp32] [--plan FILE]
+                                  [--json OUT] [--quick]
 
 A bundled task that sorts into classes (text: real pretrained MiniLM on real labelled texts, two micro-batches per
 step) is recorded for a third of the steps, a plan is recommended from that and confirmed on the task, and then fp32
@@ -80,12 +81,21 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--formats", default="fp16,bf16,fp32")
+    parser.add_argument("--plan", type=Path, help="a plan that was recommended and confirmed before")
     parser.add_argument("--quick", action="store_true", help="the task's tiny size, 2 seeds, 6 steps: does it run")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     name, seeds, steps = (f"{given.task}@tiny", 2, 6) if given.quick else (given.task, given.seeds, given.steps)
+    try:
+        make_task(name, seed=0)
+    except ps.PrecscopeError as error:  # a package or the texts are missing: it says what to do
+        print(f"not measured: {error}")
+        return 0
     with tempfile.TemporaryDirectory() as folder:
-        plan = recommended(name, steps, tuple(given.formats.split(",")), Path(folder))
+        if given.plan is not None:
+            plan = ps.PrecisionPlan.load(given.plan)
+        else:
+            plan = recommended(name, steps, tuple(given.formats.split(",")), Path(folder))
         print(plan.made_from.get("says", ""), f"({plan.status})")
         pairs: list[tuple[Run, Run]] = []
         print(_line("seed", "fp32 %", "plan %", "points", "fp32 loss", "plan loss", "fp32 ms", "plan ms"))

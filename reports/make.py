@@ -36,16 +36,16 @@ class Report:
     may_fail: tuple[int, ...] = ()
 
 
-def _trained(task: str, name: str, *, profile: str, steps: str, recommend: str = "") -> tuple[str, ...]:
+def _trained(task: str, name: str, title: str, *, profile: str, steps: str) -> tuple[str, ...]:
     """Record, recommend, train as fp32, bf16 autocast and the plan, and report."""
     runs, page = f"runs/{name}", f"reports/{name}/index.html"
     return (
         f"precscope profile {task} {profile} --out {runs}/profile --overwrite",
-        f"precscope recommend {runs}/profile --task {task} {recommend}--out {runs}/plan.json",
+        f"precscope recommend {runs}/profile --task {task} --out {runs}/plan.json",
         *(f"precscope train {task} --precision {p} {steps} --out {runs}/{p} --overwrite" for p in ("fp32", "bf16")),
         f"precscope train {task} --plan {runs}/plan.json {steps} --out {runs}/plan --overwrite",
         f"precscope report {runs}/profile --plan {runs}/plan.json --run {runs}/fp32 --run {runs}/bf16 "
-        f"--run {runs}/plan --out {page}",
+        f"--run {runs}/plan --title {shlex.quote(title)} --out {page}",
     )
 
 
@@ -58,17 +58,31 @@ REPORTS = {
         ("precscope demo",),
     ),
     "bert": Report(
-        "MiniLM fine-tuned on labelled texts",
-        "A pretrained BERT (all-MiniLM-L6-v2, 22.7 million parameters) learns to classify real texts.",
+        "MiniLM fine-tuned on film reviews",
+        "A pretrained BERT (all-MiniLM-L6-v2) learns to tell good film reviews from bad ones: fp32, bf16 autocast and "
+        "the plan. The accuracies of five seeds are in docs/benchmarks.md.",
         "bert/index.html",
-        _trained("text", "bert", profile="--steps 40", steps="--steps 120 --eval-every 30"),
+        _trained(
+            "text",
+            "bert",
+            "MiniLM fine-tuned on film reviews",
+            profile="--steps 40",
+            steps="--steps 120 --eval-every 30",
+        ),
     ),
     "smollm2": Report(
-        "SmolLM2-135M, training continued",
-        "A pretrained language model whose largest activation is 39% of what fp16 can hold: which modules make such "
-        "values, and how much room is left.",
+        "SmolLM2-135M, reading source code",
+        "A pretrained language model with massive activations, recorded in fp32 without being trained: which modules "
+        "make them, and how much room fp16 leaves.",
         "smollm2/index.html",
-        (),
+        (
+            "precscope profile smollm2 --infer --steps 24 --every 1 --precision fp32 --shadow-every none --no-costs "
+            "--out runs/smollm2/profile --overwrite",
+            "precscope recommend runs/smollm2/profile --formats fp16,fp32 --policy cast --costs model "
+            "--out runs/smollm2/plan.json",
+            "precscope report runs/smollm2/profile --plan runs/smollm2/plan.json "
+            "--title 'SmolLM2-135M, reading source code' --out reports/smollm2/index.html",
+        ),
     ),
     "zoo": Report(
         "The zoo: failures on purpose",
@@ -99,28 +113,37 @@ def lead_of(page: Path) -> str:
     return " ".join(html.unescape(re.sub(r"<[^>]+>", "", found[1])).split()) if found else ""
 
 
-def write_index() -> None:
-    """reports/README.md and reports/index.html, of the pages that are there."""
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_<>])", r"\\\1", text)
+
+
+def write_index(folder: Path = ROOT / "reports") -> None:
+    """README.md and index.html in `folder`, of the pages that are there."""
     from markupsafe import Markup
 
+    from precscope import __version__
     from precscope.reporting.html import TEMPLATES, environment, save
 
-    folder = ROOT / "reports"
     there = [(r, lead_of(folder / r.page)) for r in REPORTS.values() if (folder / r.page).is_file()]
     css = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
-    save(environment().get_template("index.html.j2").render(css=css, reports=there), folder / "index.html")
+    gpu = (folder / "gpu" / "README.md").is_file()
+    page = environment().get_template("index.html.j2").render(css=css, reports=there, gpu=gpu, version=__version__)
+    save(page, folder / "index.html")
     lines = [
         "# Reports",
         "",
         "Each is one self-contained page: download it and open it from disk; [index.html](index.html) lists them, too.",
-        "`python reports/make.py` makes them again on your machine, `make demo` the first one.",
+        "`python reports/make.py` makes them again on your machine, `make demo` the first one. These ran on the",
+        "machine described in [docs/benchmarks.md](../docs/benchmarks.md).",
     ]
     for report, lead in there:
         lines += ["", f"## [{report.title}]({report.page})", "", report.about]
-        lines += ["", f"> {lead}"] * bool(lead)
+        lines += ["", f"> {_plain(lead)}"] * bool(lead)
         lines += ["", *(f"    {command}" for command in report.commands)]
-    if (folder / "gpu" / "README.md").is_file():
-        lines += ["", "## [GPU](gpu/README.md)", "", "What `python benchmarks/gpu.py` measured; the page says on what."]
+    if gpu:
+        said = "What `python benchmarks/gpu.py` measured, and on what; where nothing was measured, the page says so."
+        lines += ["", "## [GPU](gpu/README.md)", "", said]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("wrote reports/index.html and reports/README.md")
 

@@ -48,8 +48,14 @@ def test_fetching_keeps_only_what_it_expected(monkeypatch, tmp_path):
 
     with pytest.raises(RunError, match="what came as a thing is not the file expected"):
         bundled.fetch(data, run=brings(b"something else"))
-    with pytest.raises(RunError, match=r"cannot fetch a thing: no such version; fetch it elsewhere with .*thing==1"):
+    with pytest.raises(RunError) as caught:
         bundled.fetch(data, run=brings(None, status=1))
+    assert str(caught.value) == (
+        "cannot fetch a thing: no such version; fetch it elsewhere with "
+        "`pip download --no-deps --no-binary :all: thing==1` and set PRECSCOPE_THING to the file"
+    )
+    with pytest.raises(RunError, match="elsewhere with `apt-get download thing` and set PRECSCOPE_THING to the file"):
+        bundled.fetch(replace(data, requirement="", debian="thing"), run=brings(None, status=1))
     assert list((tmp_path / "cache").iterdir()) == []
     good = replace(data, sha256=hashlib.sha256(b"the thing").hexdigest())
     path = bundled.fetch(good, run=brings(b"the thing"))
@@ -93,8 +99,37 @@ def test_rated_texts_become_good_and_bad_and_some_are_held_out(tmp_path, monkeyp
     assert len(everything) == 11 and "neither good nor bad" not in everything
     assert everything["text number 3"] == 0 and everything["text number 4"] == 1
     fresh_texts.cache_clear()
-    (tmp_path / "v.tar.gz").write_bytes(b"not an archive")
-    with pytest.raises(TaskError, match="v.tar.gz is not the source archive of vaderSentiment 3.3.2"):
+
+
+@pytest.mark.parametrize("content", ["junk", "short", "outer", "inner"])
+def test_a_file_that_is_not_the_archive_is_told_by_whose_it_is(content, tmp_path, monkeypatch, fresh_texts):
+    path = vader_archive(tmp_path / "vaderSentiment-3.3.2.tar.gz")
+    if content == "junk":
+        path.write_bytes(b"not an archive")
+    elif content == "short":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    else:
+        empty = io.BytesIO()
+        with tarfile.open(fileobj=empty, mode="w:gz") as files:
+            _add(files, "readme.txt", b"nothing")
+        with tarfile.open(path, "w:gz") as outer:
+            _add(outer, "hutto_ICWSM_2014.tar.gz" if content == "inner" else "other.tar.gz", empty.getvalue())
+    why = {"outer": r"ValueError: no hutto_ICWSM_2014.tar.gz in it", "inner": "no movieReview.*GroundTruth in it"}
+    said = rf"3.3.2.tar.gz, which is not the source archive of vaderSentiment 3.3.2 \(.*{why.get(content, '')}"
+    monkeypatch.setenv("PRECSCOPE_TEXTS", str(path))
+    with pytest.raises(TaskError, match=rf"^PRECSCOPE_TEXTS names .*{said}\): name another file, or unset it$"):
+        fresh_texts()
+    monkeypatch.delenv("PRECSCOPE_TEXTS")
+    monkeypatch.setenv("PRECSCOPE_CACHE", str(tmp_path))
+    with pytest.raises(TaskError, match=rf"fetched as .*{said}\): delete it, then precscope tasks text --fetch$"):
+        fresh_texts()
+
+
+def test_a_file_of_food_reviews_that_is_none_is_told_as_such(tmp_path, monkeypatch, fresh_texts):
+    pytest.importorskip("rdata", reason="rdata is not installed")
+    (tmp_path / "food.rda").write_bytes(b"not of R")
+    monkeypatch.setenv("PRECSCOPE_TEXTS", str(tmp_path / "food.rda"))
+    with pytest.raises(TaskError, match=r"food.rda, which is not small_fine_foods.rda of r-cran-modeldata .*unset it$"):
         fresh_texts()
 
 

@@ -406,6 +406,9 @@ def test_the_command_line(tmp_path, monkeypatch):
     assert isinstance(done.exception, PlanError) and "--step on the command line" in str(done.exception)
     done = run(app, ["convert", "phased.json", "--to", "deepspeed", "--step", "3"])
     assert json.loads(done.stdout)["torch_autocast"]["dtype"] == "bfloat16"
+    done = run(app, ["convert", "plan.json", "--to", "keras", "--task", "gpt@tiny"])
+    assert isinstance(done.exception, UsageError)
+    assert "--task does not go with --to keras: tasks make torch models" in str(done.exception)
 
 
 # regexes
@@ -424,6 +427,16 @@ def test_the_first_regex_decides():
     plan.check(name for name, _ in model.named_modules())
     names = [name for name, _ in model.named_modules()]
     assert from_regexes([(r"attn$", "fp32")], model=names)["blocks.0.attn.qkv"].compute == "fp32"  # follows its parent
+
+
+@pytest.mark.parametrize("names", [["enc", "enc.a.b"], ["enc", "enc.a", "enc.a.b"], ["enc.a.b", "enc", "other"]])
+def test_a_list_of_names_may_have_gaps(names):
+    plan = from_regexes([("^enc$", "fp16"), ("b$", Layer("fp32"))], default="fp32", model=names)
+    assert {name: plan[name].compute for name in ("enc", "enc.a.b", "enc.c")} == {
+        "enc": "fp16", "enc.a.b": "fp32", "enc.c": "fp16",
+    }  # fmt: skip
+    same = from_regexes([("^enc$", "fp16"), ("b$", "fp16")], default="fp32", model=names)
+    assert list(same.modules) == ["enc"], "what differs in its reasons alone needs no entry"
 
 
 @pytest.mark.parametrize(("pairs", "options", "error", "message"), [

@@ -4,6 +4,7 @@ Every command in the README and in docs/ is known to be run, or at least to be a
 
 - pages of docs/guide and docs/users, the quick start and the README are run by tests/test_guides.py, but for what a
   page marks as not run, and `precscope bench`, which takes minutes and is run on fewer cases by tests/test_bench.py;
+- the commands of reports/README.md made the committed reports; reports/make.py runs them;
 - each `precscope ...` anywhere, in a block or in a line of text, must name a command that there is, and only options
   that its help lists; each `python FILE ...` and `make TARGET` a script, options and a target that there are.
 
@@ -26,7 +27,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "examples" / "README.md", *(ROOT / "docs").rglob("*.md")])
+READMES = [ROOT / folder / "README.md" for folder in ("", "examples", "reports", "reports/gpu")]
+PAGES = sorted([*READMES, *(ROOT / "docs").rglob("*.md")])
 _PROGRAMS = ("precscope", "python", "make")
 _BLOCK = re.compile(r"^```(\w*).*?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INDENTED = re.compile(r"^    (?:\$ )?((?:precscope|python|make) .*)$", re.MULTILINE)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_distributed import rows
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 import precscope as ps
 from precscope.errors import PlanError, UsageError
@@ -23,7 +24,7 @@ with warnings.catch_warnings():
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    from precscope.integrations.accelerate import planned
+    from precscope.integrations.accelerate import check_mixed_precision, planned
 
 STEPS, MICRO = 6, 2
 PLAN = ps.PrecisionPlan(default="bf16", modules={"1": "fp32"})
@@ -187,6 +188,74 @@ def test_afterwards_everything_is_as_before(tmp_path):
     history = ps.Profile.load(tmp_path / "a").history()
     assert set(history.query("module == '0' and role == 'output'").source) == {"bf16"}
     assert set(history.query("role == 'state'").source) == {"fp32"}
+
+
+STORED = ps.PrecisionPlan.uniform("bf16", policy="cast", params="bf16")
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_trained_weights_are_those_that_training_saw(prepared):
+    """Where no step changed a stored value, the rounded one stays all the same; a model that is only used is whole."""
+    accelerator = Accelerator(cpu=True)
+    inner, _ = build()
+    judge, _ = build()
+    inner[3].requires_grad_(False)
+    before = [p.detach().clone() for p in inner.parameters()]
+    optimizer = torch.optim.SGD(inner.parameters(), lr=0.0)
+    with planned(accelerator, STORED, judge), planned(accelerator, STORED, inner):
+        if prepared:
+            model, optimizer, used = accelerator.prepare(inner, optimizer, judge)
+        else:
+            model, used = accelerator.prepare(inner, judge)
+        for _ in range(2):
+            accelerator.backward(F.cross_entropy(model(batch(0)[0]), batch(0)[1]) + used(batch(0)[0]).sum())
+            optimizer.step()
+            inner[3].requires_grad_()
+    assert same([p.detach() for p in inner.parameters()], [p.bfloat16().float() for p in before])
+    assert same([p.detach() for p in judge.parameters()], before)
+    assert not _global_optimizer_pre_hooks
+
+
+def test_two_models_with_plans_and_one_accelerator():
+    accelerator = Accelerator(cpu=True)
+    (a, _), (b, _) = build(), build()
+    with planned(accelerator, HALF, a):
+        outer = accelerator.unscale_gradients
+        with planned(accelerator, PLAN, b):
+            assert accelerator.scaler is None
+        assert accelerator.unscale_gradients == outer and accelerator.scaler is not None
+    assert "unscale_gradients" not in vars(accelerator) and accelerator.scaler is None
+
+
+def test_an_error_in_setting_up_is_the_one_that_is_told():
+    """An optimizer that refuses the loss scale: everything that was done until then is undone."""
+
+    class Refusing(torch.optim.SGD):
+        refuses = False
+
+        def __getattribute__(self, name):
+            if name == "step" and object.__getattribute__(self, "refuses"):
+                raise KeyError("no scale for me")
+            return super().__getattribute__(name)
+
+    accelerator = Accelerator(cpu=True)
+    inner, _ = build()
+    before = dict(vars(inner))
+    optimizer = Refusing(inner.parameters(), lr=0.1)
+    accelerator.prepare(optimizer)
+    optimizer.refuses = True
+    with pytest.raises(KeyError, match="no scale for me"), planned(accelerator, HALF, inner):
+        pass
+    assert not any("forward" in vars(module) for module in inner.modules()) and vars(inner).keys() == before.keys()
+    assert not inner._forward_hooks
+    assert accelerator.scaler is None and accelerator._optimizers[0].scaler is None
+    assert not _global_optimizer_pre_hooks
+
+
+def test_no_plan_has_fp8_by_that_name():
+    with pytest.raises(UsageError, match="asks for fp8, and the plan computes in bf16, fp32 only") as told:
+        check_mixed_precision("fp8", {"bf16", "fp32"}, said="mixed_precision='fp8'")
+    assert str(told.value).endswith("leave mixed_precision='fp8' out")
 
 
 def test_a_prepared_model_is_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import re
@@ -296,6 +297,23 @@ def test_a_further_fit_goes_on(tmp_path):
         fit(model, RecordCallback(tmp_path / "run"), x=FLAT, epochs=1)
 
 
+@pytest.mark.parametrize("other", ["evaluate", "predict"])
+def test_inference_needs_a_callback_of_its_own_after_fit(other, tmp_path):
+    model, record = compiled(dense()), RecordCallback(tmp_path / "run", every=1)
+    fit(model, record, x=FLAT, epochs=1)
+    arguments = (FLAT, LABELS) if other == "evaluate" else (FLAT,)
+    with pytest.raises(UsageError, match=rf"run holds what fit recorded: give {other} a RecordCallback of its own$"):
+        getattr(model, other)(*arguments, batch_size=12, verbose=0, callbacks=[record])
+    profile = ps.Profile.load(tmp_path / "run")
+    assert profile.steps == [0, 1, 2, 3] and "mode" not in profile.run
+    fit(model, record, x=FLAT, epochs=1)
+    assert ps.Profile.load(tmp_path / "run").steps == list(range(8))
+    own = RecordCallback(tmp_path / "own", every=1)
+    getattr(model, other)(*arguments, batch_size=12, verbose=0, callbacks=[own])
+    with pytest.raises(UsageError, match=rf"own holds what {other} recorded: give fit a RecordCallback of its own"):
+        fit(model, own, x=FLAT, epochs=1)
+
+
 def test_a_training_step_that_raises_leaves_nothing_but_its_statistics(tmp_path):
     class Failing(keras.layers.Layer):
         calls = 0
@@ -330,8 +348,13 @@ def test_what_raises_elsewhere_is_closed_by_the_block(tmp_path):
 
 
 def test_wrong_settings_and_a_missing_package_are_told(tmp_path, monkeypatch):
-    with pytest.raises(UsageError, match="no setting 'evry'; it has every, flush_every"):
+    with pytest.raises(TypeError, match="evry"):
         RecordCallback(tmp_path, evry=3)
+    with pytest.raises(TypeError, match="positional"):
+        RecordCallback(tmp_path, 3)
+    assert list(inspect.signature(RecordCallback).parameters) == [
+        "out", "every", "flush_every", "max_calls", "on_error", "exist", "info",
+    ]  # fmt: skip
     module = sys.modules["precscope.integrations.keras"]
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
     with pytest.raises(UsageError, match="Keras runs on jax here.*KERAS_BACKEND=torch"):
@@ -440,6 +463,12 @@ def test_what_a_map_cannot_say_is_refused_or_listed():
     said = left_out(low, names=model)
     beginnings = ("policy 'autocast' of 'drop'", "'drop' without a path", "the loss scale")
     assert [s for s, begins in zip(said, beginnings, strict=True) if s.startswith(begins)] == said
+    floored = low.replace(loss_scale={"initial": 8.0, "floor": 2.0})
+    assert left_out(floored, names=model)[2] == said[2] + (
+        "; its floor of 2 is lost even so, Keras's LossScaleOptimizer has none"
+    )
+    with pytest.raises(UsageError, match=r"for a Keras model, and this is a torch module \(Sequential\): give the Ker"):
+        ps.convert(plan, "keras", model=torch.nn.Sequential(torch.nn.Linear(2, 2)))
     made = to_keras(plan, model)
     assert made.value["net/a"].name == "mixed_bfloat16" and "compute e4m3" in made.lost[0] and len(made.lost) == 2
     assert json.loads(made.text)["class_name"] == "DTypePolicyMap"

@@ -105,6 +105,8 @@ def plain(out, precision="32-true", *, plan=None, accumulate=1, clip=None, scale
     model.to(low)
     with contextlib.ExitStack() as stack:
         handle = None if plan is None else stack.enter_context(ps.apply(plan, model))
+        if handle is not None:
+            handle.settle()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=EPS)
         scaler = scaler or (half_scaler() if dtype is torch.float16 else torch.amp.GradScaler("cpu", enabled=False))
         around = (lambda: torch.autocast("cpu", dtype=dtype)) if dtype else contextlib.nullcontext
@@ -359,6 +361,23 @@ def test_shadow_steps(tmp_path):
     assert (truth.loss_low - truth.loss_fp32).abs().max() < 0.02
 
 
+def test_the_loss_scale_of_shadow_steps_stays_on_the_device(tmp_path):
+    """GradScaler.get_scale would wait for the device."""
+
+    class Waiting(torch.amp.GradScaler):
+        def get_scale(self):
+            raise AssertionError("waited for the device")
+
+    def loss(module, batch):
+        return F.cross_entropy(module(batch[0]), batch[1])
+
+    callback = RecordCallback(tmp_path / "a", every=1, module="net", shadow_every=1, loss=loss)
+    scaler = Waiting("cpu", init_scale=2.0**10, growth_interval=2)
+    fit(callbacks=[callback], plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    truth = ps.Profile.load(tmp_path / "a").truth
+    assert len(set(truth.step)) == 8 and (truth.loss_low - truth.loss_fp32).abs().max() < 0.02
+
+
 def test_mistakes_of_the_callback_are_told(tmp_path):
     with pytest.raises(UsageError, match="shadow steps need both.*without logging"):
         RecordCallback(tmp_path / "a", shadow_every=10)
@@ -421,6 +440,29 @@ def test_weights_saved_are_plain_and_a_planned_fit_resumes(tmp_path):
     assert not any("forward" in vars(m) for m in whole.modules())
 
 
+@pytest.mark.parametrize("unfreeze", [False, True])
+def test_trained_weights_are_those_that_training_saw(unfreeze):
+    """At lr 0 no stored value changes, and the rounded ones stay; validation alone leaves the weights as they were."""
+
+    class Still(Lit):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.net.parameters(), lr=0.0)
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            self.requires_grad_(True)
+
+    before = [p.detach().clone() for p in net().parameters()]
+    model = Still()
+    if unfreeze:
+        model.net[2].requires_grad_(False)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                      enable_model_summary=False, max_epochs=1, plugins=[PlanPrecision(STORED)])  # fmt: skip
+    trainer.validate(model, loader(VALIDATION), verbose=False)
+    assert all(torch.equal(a, b) for a, b in zip(model.net.parameters(), before, strict=True))
+    trainer.fit(model, loader(BATCHES))
+    assert all(torch.equal(a, b.bfloat16().float()) for a, b in zip(model.net.parameters(), before, strict=True))
+
+
 def test_mistakes_of_plans_are_told(tmp_path):
     with pytest.raises(PlanError, match="plan must be a PrecisionPlan or the path of one, not dict"):
         PlanPrecision({"default": "bf16"})
@@ -475,6 +517,22 @@ def test_fabric_with_a_plan_is_ps_apply(tmp_path, name):
     assert list(state) == list(by_hand.state_dict())
     same_run(tmp_path / "plain", tmp_path / "fabric")
     assert not any("forward" in vars(m) for m in watched.modules())
+
+
+def test_fabric_settles_what_is_trained():
+    precision = FabricPlanPrecision(STORED)
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=[precision])
+    trained, used = net(), net()
+    before = [p.detach().clone() for p in net().parameters()]
+    model, optimizer = fabric.setup(trained, torch.optim.SGD(trained.parameters(), lr=0.0))
+    judge = fabric.setup(used)
+    fabric.backward(F.cross_entropy(judge(model(BATCHES[0][0]) @ torch.ones(4, 8)), BATCHES[0][1]))
+    optimizer.step()
+    assert len(precision.handles) == 2
+    precision.remove()
+    assert precision.handles == []
+    assert all(torch.equal(a, b.bfloat16().float()) for a, b in zip(trained.parameters(), before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(used.parameters(), before, strict=True))
 
 
 # other ways
@@ -549,9 +607,9 @@ def test_two_processes_are_merged(tmp_path):
 
 
 def test_a_missing_package_gives_one_sentence(monkeypatch):
-    for name, package in (("lightning", "lightning"), ("pytorch_lightning", "pytorch_lightning")):
+    for name, package in (("lightning", "lightning"), ("pytorch_lightning", "pytorch-lightning")):
         monkeypatch.delitem(sys.modules, f"precscope.integrations.{name}", raising=False)
-        for module in [m for m in sys.modules if m == package or m.startswith(f"{package}.")]:
+        for module in [m for m in sys.modules if m == name or m.startswith(f"{name}.")]:
             monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(UsageError, match=rf'^{package} .*: pip install "precscope\[lightning\]"$'):
             importlib.import_module(f"precscope.integrations.{name}")

@@ -188,6 +188,46 @@ def test_shadow_steps_price_the_trainers_own_loss(tmp_path):
     assert "training_step" not in vars(trainer) and "_run_epoch" not in vars(trainer)
 
 
+class OwnBackward(Trainer):
+    """As Trainer's own, but for how often accelerator.backward is called."""
+
+    calls = 0
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        if not self.calls:
+            loss.backward()
+        for _ in range(self.calls):
+            self.accelerator.backward(loss / self.calls, retain_graph=True)
+        return loss.detach()
+
+
+@pytest.mark.parametrize("calls", [0, 2])
+def test_shadow_steps_need_the_loss_in_one_piece(tmp_path, calls):
+    trainer = make(gpt2(), tmp_path, RecordCallback(tmp_path / "a", every=1, shadow_every=1), kind=OwnBackward)
+    trainer.calls = calls
+    message = f"calls accelerator.backward once, and that of OwnBackward calls it {calls} times: leave shadow_every out"
+    with pytest.raises(UsageError, match=message):
+        trainer.train()
+    assert "backward" not in vars(trainer.accelerator)
+    make(gpt2(), tmp_path, RecordCallback(tmp_path / "b", every=1), kind=OwnBackward, max_steps=1).train()
+
+
+def test_a_backward_of_the_users_stays_where_it_is(tmp_path):
+    trainer = make(gpt2(), tmp_path, RecordCallback(tmp_path / "a", every=2, shadow_every=2), max_steps=4)
+    seen, own = [], trainer.accelerator.backward
+
+    def backward(loss, **kwargs):
+        seen.append(trainer.state.global_step)
+        own(loss, **kwargs)
+
+    trainer.accelerator.backward = backward
+    trainer.train()
+    assert seen == [0, 1, 2, 3]  # the shadow steps of 0 and 2 did without
+    assert vars(trainer.accelerator)["backward"] is backward
+
+
 def test_a_step_is_an_optimizer_step_in_epochs_too(tmp_path):
     """10 batches, 4 to a step: 3 steps an epoch, the last of 2 batches."""
     callback = RecordCallback(tmp_path / "a", every=1)
@@ -262,6 +302,24 @@ def test_a_run_that_begins_again_with_smaller_batches_is_recorded_anew(tmp_path)
     assert profile.run["status"] == "done" and list(profile.steps) == list(range(STEPS))
     counts = profile.history().query("module == 'lm_head' and role == 'input'")["count"]
     assert set(counts) == {(SIZE - 1) * 12 * 16}
+
+
+class HungryLater(Trainer):
+    def compute_loss(self, model, inputs, **kwargs):
+        if self.state.global_step == 4 and len(inputs["labels"]) == SIZE:
+            raise RuntimeError("CUDA out of memory.")
+        return super().compute_loss(model, inputs, **kwargs)
+
+
+def test_a_resumed_run_that_finds_smaller_batches_keeps_what_was_before_the_checkpoint(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 3, "auto_find_batch_size": True}
+    make(gpt2(), tmp_path, RecordCallback(tmp_path / "a", every=1), **{**settings, "max_steps": 3}).train()
+    again = make(gpt2(), tmp_path, RecordCallback(tmp_path / "a", every=1), kind=HungryLater, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-3"))
+    profile = ps.Profile.load(tmp_path / "a")
+    assert profile.run["status"] == "done" and list(profile.steps) == list(range(STEPS))
+    counts = profile.history().query("module == 'lm_head' and role == 'input'")["count"]
+    assert counts.tolist() == [SIZE * 12 * 16] * 3 + [(SIZE - 1) * 12 * 16] * 3
 
 
 def test_fp16_on_the_cpu_is_called_what_it_is(tmp_path):
@@ -469,6 +527,11 @@ def test_generation_under_a_plan_and_errors_in_it(tmp_path):
     with pytest.raises(ValueError, match="max_new_tokens"), record_generation(model, tmp_path / "h"):
         model.generate(prompt, max_new_tokens=-1)
     assert ps.Profile.load(tmp_path / "h").run["status"] == "failed" and "generate" not in vars(model)
+    optimizer = torch.optim.SGD(model.parameters())
+    message = "record_generation takes no optimizer=.* Leave it out"
+    with pytest.raises(UsageError, match=message), record_generation(model, tmp_path / "i", optimizer=optimizer):
+        pass
+    assert not (tmp_path / "i").exists()
     with pytest.raises(UsageError, match=r"Linear has no generate\(\)"), record_generation(torch.nn.Linear(2, 2), "x"):
         pass
 

@@ -190,6 +190,27 @@ def test_a_logger_that_fails_ends_nothing(tmp_path):
     assert log.failed == "RuntimeError: no server" and bad.closed == [False, False]
 
 
+def test_a_report_that_cannot_be_written_ends_nothing(run, monkeypatch):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("precscope.reporting.report", full)
+    with pytest.warns(RuntimeWarning, match=r"no report of .* for the logger: OSError: \[Errno 28\] No space left"):
+        log_run(run[0], kept := Kept())
+    assert kept.points["train/loss"] and not kept.files and kept.closed == [False]
+
+
+def test_loggers_are_closed_whatever_the_report_raises(run, monkeypatch):
+    def short(*args, **options):
+        raise MemoryError("too many sites")
+
+    monkeypatch.setattr("precscope.reporting.report", short)
+    one, other = Kept(), Kept()
+    with pytest.raises(MemoryError, match="too many sites"):
+        log_run(run[0], one, other)
+    assert one.closed == other.closed == [True]
+
+
 def test_a_run_that_is_refused_is_told_nothing_of(run):
     with pytest.raises(UsageError, match="already holds a run"), RunLog(run[0], kept := Kept()) as log:
         ps.train(make_task(), steps=1, out=run[0], progress=log)

@@ -21,6 +21,7 @@ from precscope.training import TrainConfig, train
 from precscope.training.devices import to_device
 from precscope.training.halfmatmul import half_matmul_through_fp32, needs_half_matmul
 from precscope.training.log import read_log
+from precscope.training.precision import LossScaler
 from precscope.training.tasks.gpt import gpt
 
 tiny = partial(make_task, partial(gpt, "tiny"))
@@ -286,6 +287,16 @@ def test_a_loss_scale_that_falls_for_ever_ends_the_run():
     task = regression(loss=lambda model, batch: (0 * model(batch[0])).sqrt().mean())
     with pytest.raises(TrainingError, match=r"the loss scale fell to 0.000488281 at step 27 .* precision='bf16'"):
         train(task, steps=40, precision="fp16")
+
+
+def test_a_scale_that_must_goes_below_the_floor_of_the_plan():
+    """The floor says where gradients begin to be lost; skipping every step would lose all of them."""
+    plan = PrecisionPlan(default="fp16", loss_scale={"initial": 4096.0, "floor": 1024.0, "growth_interval": 7})
+    bad = regression(loss=lambda model, batch: (0 * model(batch[0])).sqrt().mean())
+    assert train(bad, steps=5, plan=plan).scale_history == tuple((step, 2.0 ** (12 - step)) for step in range(5))
+    scaler = LossScaler.of(plan, "cpu", initial=32.0)
+    scaler.scale(torch.ones(()))
+    assert (scaler.get_scale(), scaler.get_growth_interval()) == (32.0, 7)
 
 
 # optimizers and the schedule

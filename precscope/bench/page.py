@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..reporting.html import TEMPLATES, environment, save
 from ..reporting.numbers import percent, plural
+from ..store import this_command
 from .cases import FORMATS, Case, load_cases
 from .scoring import LARGEST_SHARE, Score
 
@@ -40,6 +41,7 @@ def render(result: ZooResult) -> str:
     from markupsafe import Markup
 
     from .. import __version__
+    from .zoo import SCHEMA
 
     total = result.summary
     cases = load_cases(result.folder, sorted({s.case for s in result.scores}))
@@ -60,10 +62,14 @@ def render(result: ZooResult) -> str:
         missing=total.missing,
         doubtful=[f"{s.case} {s.format}" for s in result.scores if s.low_fails != s.failing],
         facts={
+            "command": this_command(),
+            "cases": Path(result.folder).name,
+            "schema": SCHEMA,
             "precscope": __version__,
             "torch": torch.__version__,
             "Python": platform.python_version(),
             "machine": f"{platform.system()} {platform.machine()}",
+            "threads": torch.get_num_threads(),
             "seed": result.seed,
             "seconds": round(result.seconds),
         },

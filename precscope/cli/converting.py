@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UsageError
 from .printing import SizeOption, next_command, with_size, wrote
 
 _NEXT = {
@@ -40,6 +41,11 @@ def convert(
     if step is not None:
         loaded = loaded.at_step(step)
     task, model = with_size(task, size), None
+    if task is not None and to == "keras":
+        raise UsageError(
+            "--task does not go with --to keras: tasks make torch models, and a policy map is for a Keras model; leave "
+            'it out, or ps.convert(plan, "keras", model=...) in Python'
+        )
     if task is not None:
         from ..tasks import make_task
 

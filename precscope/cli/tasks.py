@@ -41,7 +41,7 @@ def tasks(
     _describe(info)
     if any(data.path() is None for data in info.files):
         next_command(f"precscope tasks {task} --fetch")
-    elif info.missing():
+    elif info.files or info.name == "smollm2":
         say(f"Converted weights and fetched data lie in {cache_dir()} (PRECSCOPE_CACHE names another place).")
     else:
         next_command(f"precscope profile {task} --steps 20 --out runs/{task}")

@@ -88,9 +88,7 @@ def _made(plan: PrecisionPlan, target: str, model: Any) -> Converted:
     elif target == "deepspeed":
         from .deepspeed import to_deepspeed as make
     elif target == "keras":
-        from .kerasmap import (
-            to_keras as make,  # (plan, model) -> Converted(target="keras", value=policy map, text=JSON)
-        )
+        from .kerasmap import to_keras as make
     else:
         from .snippet import to_snippet as make
     return make(plan, model)

@@ -87,7 +87,7 @@ def with_fp32_variables(plan: PrecisionPlan) -> PrecisionPlan:
 
 def loss_scaled(optimizer: Any, plan: PrecisionPlan, *, names: Names = None) -> Any:
     """`optimizer` in a keras LossScaleOptimizer with the plan's initial scale and growth interval, where the plan
-    computes in fp16 anywhere; else `optimizer` itself."""
+    computes in fp16 anywhere; else `optimizer` itself. The plan's floor is lost: Keras halves a scale without one."""
     keras = keras_module()
     layers = list(plan.resolve(paths_of(names)).values()) if names is not None else list(plan.modules.values())
     if not any(layer.compute == "fp16" for layer in [*layers, plan.default]):

@@ -172,7 +172,11 @@ def _lost(plan: PrecisionPlan, layers: Mapping[str, LayerPrecision], pathless: l
             f"{default}; give them dtype= where they are made, or use apply_policies(model, plan)"
         )
     if plan.loss_scale:
-        lost.append("the loss scale: wrap the optimizer with loss_scaled(optimizer, plan)")
+        floor = plan.loss_scale.get("floor", 0.0)
+        lost.append(
+            "the loss scale: wrap the optimizer with loss_scaled(optimizer, plan)"
+            + (f"; its floor of {floor:g} is lost even so, Keras's LossScaleOptimizer has none" if floor > 0 else "")
+        )
     if plan.optimizer:
         lost.append("the advice for the optimizer")
     return lost
@@ -271,6 +275,11 @@ def paths_of(names: Names) -> dict[str, str | None]:
         return dict(run["keras"]["paths"])
     if isinstance(names, Mapping):
         return dict(names)
+    if hasattr(names, "named_modules"):
+        raise UsageError(
+            f"a policy map is for a Keras model, and this is a torch module ({type(names).__name__}): give the Keras "
+            "model, a Profile of it, or the paths of its layers"
+        )
     if isinstance(names, str) or not isinstance(names, Iterable):
         raise UsageError(
             f"names must be a Keras model, a Profile, a dict or a list of paths, not {type(names).__name__}"

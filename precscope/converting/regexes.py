@@ -82,13 +82,17 @@ def _refuse_idle(pairs: Sequence[tuple[str, Any]], matched: list[list[str]], dec
 def _plan(
     pairs: Sequence[tuple[str, LayerPrecision]], deciding: dict[str, int], names: list[str], default: LayerPrecision
 ) -> PrecisionPlan:
-    """Entries where a module differs from what it would inherit."""
+    """Entries where a module runs otherwise than it would by what it inherits: from the nearest of its parents that is
+    among the names, since a list of them may have gaps."""
     modules: dict[str, LayerPrecision] = {}
     held: dict[str, LayerPrecision] = {}
     for name in names:  # parents come before their children
-        above = held.get(name.rpartition(".")[0], default) if name else default
+        parent = name
+        while parent and (parent == name or parent not in held):
+            parent = parent.rpartition(".")[0]
+        above = held.get(parent, default) if name else default
         held[name] = pairs[deciding[name]][1] if name in deciding else above
-        if held[name] != above:
+        if held[name].precision != above.precision:
             modules[name] = held[name]
     return PrecisionPlan(default=default, modules=modules)
 

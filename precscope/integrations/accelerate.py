@@ -26,12 +26,14 @@ a loss scale for mixed_precision="fp16": such a loop trains in fp32, but for a p
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..applying import PlanHandle, apply
 from ..errors import UsageError
@@ -39,6 +41,8 @@ from ..plans import PrecisionPlan
 from ..training.precision import LossScaler
 from .given_plan import read_plan
 from .missing import need
+from .replacing import replaced
+from .settling import Settling
 
 need("accelerate", "hf")
 
@@ -55,7 +59,9 @@ def planned(accelerator: Any, plan: PrecisionPlan | str | Path, model: nn.Module
     The plan decides alone: Accelerate's own autocast (mixed_precision=) stays off, and its outputs are cast up to fp32
     as under that. Where the plan computes in fp16 anywhere, `accelerator.scaler` is a loss scaler with the plan's
     scale, which `backward`, `clip_grad_norm_` and the prepared optimizers use; else there is none. Afterwards model and
-    accelerator are as before; prepare the model again to train on without the plan.
+    accelerator are as before; prepare the model again to train on without the plan. Where the plan stores parameters in
+    a lower format, a model that an optimizer has stepped is what was stored, cast up; one that was only used is exactly
+    what it was.
 
     plan: a PrecisionPlan, or the path of one. Raises PlanError where the plan does not fit the model or has phases,
     UsageError where the model is prepared already, where mixed_precision names a format that the plan never computes
@@ -64,24 +70,20 @@ def planned(accelerator: Any, plan: PrecisionPlan | str | Path, model: nn.Module
     plan = read_plan(plan)
     formats = _formats(plan, model)
     _check(accelerator, model, formats)
-    scaler = _scaler(plan, accelerator.device) if "fp16" in formats else None
-    with _optimizer_states_of(accelerator, model):
-        handle = apply(plan, model)
-    own = accelerator.scaler, accelerator.native_amp
-    hook = model.register_forward_hook(_cast_up)
-    try:
-        accelerator.native_amp = False
-        _use_scaler(accelerator, scaler)
-        accelerator.unscale_gradients = lambda optimizer=None: _unscale(accelerator, scaler, optimizer)
-        yield handle
-    finally:
-        del accelerator.unscale_gradients
-        _use_scaler(accelerator, own[0])
-        accelerator.native_amp = own[1]
-        hook.remove()
+    scaler = LossScaler.of(plan, accelerator.device.type) if "fp16" in formats else None
+    with ExitStack() as undo:  # in reverse order, as far as things were done
         with _optimizer_states_of(accelerator, model):
-            handle.remove()
-        release(accelerator, model)
+            settling = Settling(apply(plan, model))
+            undo.callback(release, accelerator, model)
+            undo.callback(_take_off, accelerator, settling)
+        undo.callback(register_optimizer_step_pre_hook(settling.before_step).remove)
+        undo.callback(model.register_forward_hook(_cast_up).remove)
+        undo.enter_context(replaced(accelerator, "native_amp", False))
+        undo.callback(_use_scaler, accelerator, accelerator.scaler)
+        _use_scaler(accelerator, scaler)
+        unscale = partial(_unscale, accelerator, scaler)
+        undo.enter_context(replaced(accelerator, "unscale_gradients", unscale))
+        yield settling.handle
 
 
 def release(accelerator: Any, model: nn.Module) -> None:
@@ -119,19 +121,10 @@ def check_mixed_precision(mixed_precision: str, formats: set[str], *, said: str)
     """Whether a setting (`said` by the user) goes with a plan that computes in `formats`. Raises UsageError."""
     if mixed_precision == "no" or formats & set(_WITH.get(mixed_precision, ())):
         return
+    other = f", or recommend a plan with {mixed_precision} among its formats" if mixed_precision in _WITH else ""
     raise UsageError(
         f"{said} asks for {mixed_precision}, and the plan computes in {', '.join(sorted(formats))} only. "
-        f"The plan says the precision of every module: leave {said} out, or recommend a plan with {mixed_precision} "
-        "among its formats"
-    )
-
-
-def _scaler(plan: PrecisionPlan, device: torch.device) -> LossScaler:
-    scale = plan.loss_scale
-    return LossScaler(
-        device.type,
-        init_scale=float(scale.get("initial", 65536.0)),
-        growth_interval=scale.get("growth_interval", 2000),
+        f"The plan says the precision of every module: leave {said} out{other}"
     )
 
 
@@ -153,16 +146,21 @@ def _optimizer_states_of(accelerator: Any, model: nn.Module) -> Iterator[None]:
             optimizer.load_state_dict(optimizer.state_dict())  # which casts to the parameters' dtypes
 
 
-def _unscale(accelerator: Any, scaler: LossScaler | None, optimizers: Any) -> None:
+def _take_off(accelerator: Any, settling: Settling) -> None:
+    with _optimizer_states_of(accelerator, settling.handle.model):
+        settling.remove()
+
+
+def _unscale(accelerator: Any, scaler: LossScaler | None, optimizer: Any = None) -> None:
     """`Accelerator.unscale_gradients`, which itself goes by mixed_precision="fp16"."""
     if scaler is None:
         return
-    if optimizers is None:
-        optimizers = accelerator._optimizers
-    for optimizer in optimizers if isinstance(optimizers, tuple | list) else [optimizers]:
-        while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-            optimizer = optimizer.optimizer
-        scaler.unscale_(optimizer)
+    if optimizer is None:
+        optimizer = accelerator._optimizers
+    for one in optimizer if isinstance(optimizer, tuple | list) else [optimizer]:
+        while isinstance(getattr(one, "optimizer", None), torch.optim.Optimizer):
+            one = one.optimizer
+        scaler.unscale_(one)
 
 
 def _cast_up(module: nn.Module, args: Any, output: Any) -> Any:

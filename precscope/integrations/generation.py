@@ -23,14 +23,20 @@ def record_generation(model: nn.Module, out: str | Path, *, every: int = 1, **se
     values show as outputs of their projections; cache objects are left alone. What runs outside generate is not
     recorded. The tokens are the same with and without it.
 
-    every: record calls 0, every, 2 every, ... settings: as in `ps.record` (flush_every, exist, max_calls, info, ...).
-    Raises UsageError where the model has no generate; UsageError, ModelError, RunDirectoryError as `ps.record`.
+    every: record calls 0, every, 2 every, ... settings: as in `ps.record` (flush_every, exist, max_calls, info, ...),
+    without optimizer. Raises UsageError where the model has no generate or an optimizer is given; UsageError,
+    ModelError, RunDirectoryError as `ps.record`.
     """
     own = getattr(model, "generate", None)
     if not callable(own):
         raise UsageError(
             f"{type(model).__name__} has no generate(): give a model that generates, or record its calls with "
             "ps.record(model, out) and rec.step()"
+        )
+    if "optimizer" in settings:
+        raise UsageError(
+            "record_generation takes no optimizer=: with one, passes without gradients are left out as evaluations, "
+            "and generation has no others. Leave it out; ps.record(model, out, optimizer=...) records training"
         )
     before, depth = vars(model).get("generate"), 0
     between = ExitStack()  # two calls: what runs there is not recorded

@@ -36,7 +36,7 @@ keras = need("keras", "keras")
 
 from .keras_recorder import KerasRecorder  # noqa: E402  # keras first: its absence is to be told
 
-_SETTINGS = ("flush_every", "max_calls", "on_error", "exist", "info")
+_METHODS = {"train": "fit", "test": "evaluate", "predict": "predict"}
 
 
 class RecordCallback(keras.callbacks.Callback):  # type: ignore[misc, name-defined]
@@ -44,7 +44,8 @@ class RecordCallback(keras.callbacks.Callback):  # type: ignore[misc, name-defin
 
     every: record steps 0, every, 2 every, ... of the optimizer (of predict and evaluate: batches). The other settings
     are those of `ps.record`: flush_every, max_calls, on_error, exist, info. A further `fit` with the same object goes
-    on with the same run. recorder: the running one, None outside.
+    on with the same run; `evaluate` and `predict` need an object, and a directory, of their own. recorder: the running
+    one, None outside.
 
     Hooks are in place only while a recorded batch is trained. A training step that raises ends the recording, and
     leaves what was recorded; where something else in `fit` may raise, `close` the callback, or let a block do it:
@@ -53,22 +54,35 @@ class RecordCallback(keras.callbacks.Callback):  # type: ignore[misc, name-defin
             model.fit(x, y, callbacks=[record])
 
     Weights and losses are the same bit for bit with and without it. Raises UsageError where Keras runs on another
-    backend than torch, and as `ps.record` does.
+    backend than torch, where it is given to `evaluate` or `predict` after `fit` (or the other way round), and as
+    `ps.record` does.
     """
 
-    def __init__(self, out: str | Path, every: int = 10, **settings: Any) -> None:
+    def __init__(
+        self,
+        out: str | Path,
+        *,
+        every: int = 10,
+        flush_every: int = 10,
+        max_calls: int = 16,
+        on_error: str = "warn",
+        exist: str = "error",
+        info: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         if keras.backend.backend() != "torch":
             raise UsageError(
                 f"Keras runs on {keras.backend.backend()} here, and precscope records torch: set the environment "
                 "variable KERAS_BACKEND=torch before keras is imported"
             )
-        unknown = sorted(set(settings) - set(_SETTINGS))
-        if unknown:
-            raise UsageError(f"RecordCallback has no setting {unknown[0]!r}; it has every, {', '.join(_SETTINGS)}")
-        self.out, self.every, self.settings = Path(out), every, settings
+        self.out, self.every = Path(out), every
+        self._settings: dict[str, Any] = {
+            "every": every, "flush_every": flush_every, "max_calls": max_calls, "on_error": on_error, "exist": exist,
+            "info": info,
+        }  # fmt: skip
         self.recorder: KerasRecorder | None = None
         self._kind: str | None = None  # of what is recorded: "train", "test" (evaluate) or "predict"
+        self._held: str | None = None  # of what `out` holds of ours
         self._watched: Any = None  # the model's function for a batch, in our wrapping
         self._next = 0  # step of a further fit
 
@@ -128,11 +142,16 @@ class RecordCallback(keras.callbacks.Callback):  # type: ignore[misc, name-defin
         self.close(value)
 
     def _open(self, kind: str) -> None:
+        if self._held not in (None, kind):
+            raise UsageError(
+                f"{self.out} holds what {_METHODS[self._held]} recorded: give {_METHODS[kind]} a RecordCallback of its "
+                "own"
+            )
         if self.recorder is not None:
             self.close(UsageError("the run was left without its end, and went on in a part of its own"))
         again = {"exist": "append", "first_step": self._next} if self._next else {}
-        recorder = KerasRecorder(self.model, self.out, kind=kind, every=self.every, **{**self.settings, **again})
-        self.recorder, self._kind = recorder.__enter__(), kind
+        recorder = KerasRecorder(self.model, self.out, kind=kind, **{**self._settings, **again})
+        self.recorder, self._kind, self._held = recorder.__enter__(), kind, kind
 
     def _begin(self, kind: str) -> None:
         if self.recorder is not None and kind == self._kind:

@@ -52,8 +52,11 @@ class KerasRecorder(Recorder):
         self._stepped = int(_iterations(self._keras)) if self._accumulates else 0
 
     def is_step(self) -> bool:
-        """Whether the optimizer has stepped after a batch: always, but where it accumulates gradients. Keras, which
-        waits for that number too, counts in it what it has done to the variables."""
+        """Whether the optimizer has stepped after a batch: always, but where it accumulates gradients.
+
+        Its count is then read from the device after every batch. Keras reads it there, too, before it decides whether
+        to step, so that little is left to wait for. Batches counted here would be wrong where Keras calls us once for
+        several (steps_per_execution), and where a loss scale leaves one out."""
         if not self._accumulates:
             return True
         before, self._stepped = self._stepped, int(_iterations(self._keras))

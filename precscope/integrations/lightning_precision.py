@@ -17,6 +17,7 @@ from ..plans import PrecisionPlan
 from ..training.precision import LossScaler
 from .given_plan import read_plan
 from .lightning_recording import submodule
+from .settling import Settling
 
 
 class Planned:
@@ -36,32 +37,36 @@ class Planned:
 
     def __init__(self, plan: PrecisionPlan | str | Path, *, module: str | None = None, scaler: Any = None) -> None:
         self.plan, self.module = read_plan(plan), module
-        self.handles: list[PlanHandle] = []
+        self._plans: list[Settling] = []
         device = "cuda" if torch.cuda.is_available() else "cpu"
         half = "fp16" in {layer.compute for layer in [self.plan.default, *self.plan.modules.values()]}
         if half and scaler is None:
-            scale = self.plan.loss_scale
-            initial, interval = float(scale.get("initial", 65536.0)), scale.get("growth_interval", 2000)
-            scaler = LossScaler(device, init_scale=initial, growth_interval=interval)
+            scaler = LossScaler.of(self.plan, device)
         super().__init__("16-mixed" if half else "bf16-mixed", device, scaler if half else None)  # type: ignore[call-arg]
+
+    @property
+    def handles(self) -> list[PlanHandle]:
+        return [plan.handle for plan in self._plans]
 
     def put_on(self, model: nn.Module) -> None:
         """Apply the plan to `model`, or to the part of it that the plan is for."""
-        self.handles.append(apply(self.plan, model if self.module is None else submodule(model, self.module)))
+        self._plans.append(Settling(apply(self.plan, model if self.module is None else submodule(model, self.module))))
 
     def remove(self) -> None:
-        """Take the plan off: the models are as they were, but for what was trained. Again: nothing."""
-        while self.handles:
-            self.handles.pop().remove()
+        """Take the plan off: models that were not trained are exactly as they were, trained ones have the values that
+        the plan stored, cast up. Again: nothing."""
+        while self._plans:
+            self._plans.pop().remove()
 
     @contextmanager
     def outside(self) -> Iterator[None]:
         """For code outside the modules: under autocast where the plan's default is a low format."""
-        if not self.handles:
+        if not self._plans:
             yield
             return
-        parameter = next(self.handles[0].model.parameters(), None)
-        with self.handles[0].autocast("cpu" if parameter is None else parameter.device.type):
+        handle = self._plans[0].handle
+        parameter = next(handle.model.parameters(), None)
+        with handle.autocast("cpu" if parameter is None else parameter.device.type):
             yield
 
     def convert_input(self, data: Any) -> Any:
@@ -70,7 +75,10 @@ class Planned:
 
 
 class TrainerPlanned(Planned):
-    """Planned, for Trainer(plugins=[...]): from the beginning of fit, validate, test or predict to its end."""
+    """Planned, for Trainer(plugins=[...]): from the beginning of fit, validate, test or predict to its end.
+
+    Where the plan stores parameters in a lower format, fit starts from their rounded values and ends with such; after
+    validate, test and predict the parameters are exactly what they were."""
 
     def __init__(self, plan: PrecisionPlan | str | Path, *, module: str | None = None, scaler: Any = None) -> None:
         super().__init__(plan, module=module, scaler=scaler)
@@ -81,6 +89,8 @@ class TrainerPlanned(Planned):
             raise UsageError("PlanPrecision is for Trainer(plugins=[...]); for Fabric there is FabricPlanPrecision")
         self.remove()
         self.put_on(module)
+        if module._trainer.state.fn == "fit":
+            self._plans[-1].begin()
         # within a training_step that steps optimizers itself, casts of weights that autocast keeps would be outdated
         self._uncached = not module.automatic_optimization
         return module
@@ -103,11 +113,19 @@ class FabricPlanned(Planned):
     """Planned, for Fabric(plugins=[...]): from fabric.setup() until `remove()`.
 
     Each model that is set up gets the plan. Models give fp32, as under Fabric's own mixed precision, and the loss
-    outside is computed in it. ps.record is given `scaler=precision.scaler`."""
+    outside is computed in it. ps.record is given `scaler=precision.scaler`.
+
+    Where the plan stores parameters in a lower format, a model is trained from their rounded values on, and has such
+    after `remove()`. A model that no optimizer of fabric.setup() has stepped gets back exactly what it had."""
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         self.put_on(module)
         return module
 
+    def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
+        for plan in self._plans:
+            plan.before_step(optimizer)
+        return super().optimizer_step(optimizer, **kwargs)  # type: ignore[misc]
+
     def forward_context(self) -> Any:
-        return self.outside() if self.handles else nullcontext()
+        return self.outside() if self._plans else nullcontext()

@@ -13,6 +13,7 @@ import torch
 
 from ..errors import UsageError
 from ..recording import Recorder
+from ..recording.lossscale import loss_scale
 
 _KEY = "precscope_steps"  # in Lightning's checkpoints
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -92,9 +93,8 @@ class Recording:
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
         if self._batches:
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
-            self._losses.append(loss.detach() / scale)
+            scale = loss_scale(getattr(trainer.precision_plugin, "scaler", None))  # on the device: no wait for it
+            self._losses.append(loss.detach() / (1.0 if scale is None else scale))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         batches, losses = self._batches, self._losses

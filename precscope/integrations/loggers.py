@@ -2,11 +2,12 @@
 
     ps.train(task, steps=500, out="runs/b", progress=RunLog("runs/b", WandbLogger("my-project"), precision="fp16"))
 
-    with RunLog("runs/a", MlflowLogger("mlruns"), precision="bf16") as log, ps.record(model, "runs/a") as rec:
-        for step, batch in enumerate(loader):      # a loop of your own; the log is entered first
-            ...
-            rec.step()
-            log.scalars(step, loss=loss.item())    # what you have anyway
+    with RunLog("runs/a", MlflowLogger("sqlite:///mlflow.db"), precision="bf16") as log:
+        with ps.record(model, "runs/a") as rec:        # a loop of your own; the log is entered first
+            for step, batch in enumerate(loader):
+                ...
+                rec.step()
+                log.scalars(step, loss=loss.item())    # what you have anyway
 
     log_run("runs/a", TensorBoardLogger("boards/a"))       # after the fact
 
@@ -123,19 +124,23 @@ class RunLog:
         self._take()
 
     def close(self, *, failed: bool = False) -> None:
-        """Tell what was flushed last, hand over the report, and end. Again: nothing."""
+        """Tell what was flushed last, hand over the report, and end. Again: nothing. Loggers are closed whatever
+        comes before; as of a failed run, where that raises."""
         if self._closed:
             return
-        self._closed = True
-        if self._began or not failed:  # else what lies there is of another run
-            self._take()
-            self._settings()
-            if self.report and not self.failed and any(self.run.glob("stats-*.parquet")):
-                self._hand_over_report()
-        for logger in self._all:
-            told = logger in self.loggers
-            with self._giving_up(logger) if told else contextlib.suppress(OSError, *logger.errors):
-                logger.close(failed=failed)
+        self._closed, told_all = True, False
+        try:
+            if self._began or not failed:  # else what lies there is of another run
+                self._take()
+                self._settings()
+                if self.report and not self.failed and any(self.run.glob("stats-*.parquet")):
+                    self._hand_over_report()
+            told_all = True
+        finally:
+            for logger in self._all:
+                told = logger in self.loggers
+                with self._giving_up(logger) if told else contextlib.suppress(OSError, *logger.errors):
+                    logger.close(failed=failed or not told_all)
 
     def told(self, flushed: Flushed) -> None:
         """Tell what was flushed: histograms, head-room, flushed shares."""
@@ -212,14 +217,14 @@ class RunLog:
     def _hand_over_report(self) -> None:
         from ..reporting import report
 
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "report.html"
-            try:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "report.html"
                 report(self.run, out=path, plan=self.plan)
-            except PrecscopeError as error:
-                warnings.warn(f"no report of {self.run} for the logger: {error}", RuntimeWarning, stacklevel=4)
-                return
-            self._tell(lambda to: to.artefact(path))
+                self._tell(lambda to: to.artefact(path))
+        except (PrecscopeError, OSError) as error:  # a full disk is no reason to end the run that is told of
+            why = str(error) if isinstance(error, PrecscopeError) else one_line(error)
+            warnings.warn(f"no report of {self.run} for the logger: {why}", RuntimeWarning, stacklevel=4)
 
     def _tell(self, what: Callable[[Logger], None]) -> None:
         for logger in list(self.loggers):

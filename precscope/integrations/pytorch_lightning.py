@@ -10,7 +10,7 @@ from .lightning_precision import FabricPlanned, Planned, TrainerPlanned
 from .lightning_recording import Recording
 from .missing import need
 
-need("pytorch_lightning", "lightning", package="pytorch_lightning")
+need("pytorch_lightning", "lightning", package="pytorch-lightning")
 
 from lightning_fabric.plugins import MixedPrecision as FabricMixedPrecision  # noqa: E402
 from pytorch_lightning import Callback  # noqa: E402

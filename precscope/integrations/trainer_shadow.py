@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 
 from ..batches import RandomStates, copy_containers
+from ..errors import UsageError
 from ..recording import Recorder
+from .replacing import replaced
 
 _Micro = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -20,7 +21,8 @@ class ShadowedTraining:
 
     It keeps the micro-batches of such a step (references), and after the last one, whose backward has completed .grad
     and before it is clipped, runs them again. How a loss is made of a batch and divided is asked of the Trainer itself:
-    its own training_step is run with an accelerator whose `backward` only takes the loss.
+    its own training_step is run with an accelerator whose `backward` only takes the loss. Raises UsageError where that
+    is not called once.
     """
 
     def __init__(self, trainer: Any, recorder: Recorder) -> None:
@@ -60,18 +62,14 @@ class ShadowedTraining:
     def _loss_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         """The loss of a micro-batch as training_step hands it to backward."""
         taken: list[torch.Tensor] = []
-        with _replaced(self._trainer.accelerator, "backward", lambda loss, **kw: taken.append(loss)):
+        with replaced(self._trainer.accelerator, "backward", lambda loss, **kw: taken.append(loss)):
             self._own(*copy_containers(args), **copy_containers(kwargs))
+        if len(taken) != 1:
+            raise UsageError(
+                "shadow_every needs a Trainer whose training_step calls accelerator.backward once, and that of "
+                f"{type(self._trainer).__name__} calls it {len(taken)} times: leave shadow_every out"
+            )
         return taken[0]
 
     def _forget(self) -> None:
         self._kept, self._states, self._loss = [], [], 0.0
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any):
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        delattr(owner, name)

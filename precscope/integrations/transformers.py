@@ -89,8 +89,10 @@ class RecordCallback(TrainerCallback):
                 f"RecordCallback cannot record nn.DataParallel, which the Trainer uses for {args.n_gpu} GPUs in one "
                 "process: start it with accelerate launch or torchrun"
             )
-        exist = "append" if state.global_step else self._exist
-        if self._too_large and args.auto_find_batch_size:
+        exist = self._exist
+        if state.global_step:
+            exist = "append"  # a resumed run, also where it goes back to its checkpoint with smaller batches
+        elif self._too_large and args.auto_find_batch_size:
             exist = "overwrite"  # the Trainer begins again, with smaller batches
         self._close(None)
         self._trainer = _running_trainer()
@@ -179,6 +181,8 @@ def train_with_plan(trainer: Trainer, plan: PrecisionPlan | str | Path, **settin
 @contextmanager
 def planned(trainer: Trainer, plan: PrecisionPlan | str | Path) -> Iterator[Any]:
     """Inside, `trainer` trains, evaluates and predicts as `plan` says; yields the PlanHandle.
+
+    The model afterwards: as after `accelerate.planned`, exactly as before where nothing was trained.
 
     Raises PlanError where the plan does not fit the model or has phases; UsageError where the Trainer's arguments
     contradict it: fp16=True or bf16=True with a plan that computes nowhere in that format, fp16_full_eval or

@@ -25,8 +25,9 @@ def _layer(value: Any) -> Any:
 
 
 class LossScale(TypedDict, total=False):
-    """initial: the loss scale to start with. interval: [lo, hi], exponents of 2 that are safe. floor: the scale not to
-    fall below. growth_interval: steps without overflow before it doubles. lo_site, hi_site: what binds the interval."""
+    """initial: the loss scale to start with. interval: [lo, hi], exponents of 2 that are safe. floor: below this
+    scale gradients are lost; engines with such a setting get it, precscope's own scaler goes below where it must.
+    growth_interval: steps without overflow before it doubles. lo_site, hi_site: what binds the interval."""
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")  # type: ignore[misc]
 

@@ -11,7 +11,8 @@ gives the row (state #1, "<tensor>.grad") of the last of them, which tells wheth
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class OptimizerWatcher:
     ) -> None:
         self.optimizers = list(optimizers)
         self._observations = observations
-        self._owners = owners
+        self._owners, self._names = owners, names
         self._whole = WholeStep(names, self.optimizers, observations)
         self._handles: list[Any] = []
         self._before: dict[torch.Tensor, torch.Tensor] = {}
@@ -60,9 +61,28 @@ class OptimizerWatcher:
         for optimizer in self.optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._pre))
             self._handles.append(optimizer.register_step_post_hook(self._post))
+        frozen = []
         for parameter in self._owners:
             if parameter.requires_grad and parameter.is_leaf:
                 self._handles.append(parameter.register_post_accumulate_grad_hook(self._added))
+            elif isinstance(parameter, nn.Parameter) and parameter.is_floating_point():
+                frozen.append(parameter)
+        self._hook_once_unfrozen(frozen)
+
+    def _hook_once_unfrozen(self, frozen: list[nn.Parameter]) -> None:
+        """Loops with several optimizers freeze the other model in turns: a module that owns frozen parameters looks at
+        them when it is called."""
+        waiting = dict.fromkeys(frozen)
+        for module in self._names if waiting else ():
+            own = [p for p in module._parameters.values() if p in waiting]
+            if own:
+                hook = _calling(partial(self._hook_unfrozen, waiting, own))
+                self._handles.append(module.register_forward_pre_hook(hook))
+
+    def _hook_unfrozen(self, waiting: dict[nn.Parameter, None], own: list[nn.Parameter]) -> None:
+        for parameter in [p for p in own if p in waiting and p.requires_grad and p.is_leaf]:
+            del waiting[parameter]
+            self._handles.append(parameter.register_post_accumulate_grad_hook(self._added))
 
     def end_step(self) -> None:
         """The step is over, whatever changes the model outside the optimizer included."""
@@ -175,6 +195,15 @@ class OptimizerWatcher:
         for (state_sites, _), slot in zip(states, slots, strict=True):
             for site in state_sites:
                 self._observations.link(self._step, site, slot)
+
+
+def _calling(look: Callable[[], None]) -> Callable[..., None]:
+    """A forward pre-hook, as a plain function: copy.deepcopy of a hooked model keeps it as it is."""
+
+    def before(module: nn.Module, args: Any) -> None:
+        look()
+
+    return before
 
 
 def _state(state: dict[str, Any], sites: list[Site]) -> Iterable[tuple[list[Site], torch.Tensor]]:

@@ -19,7 +19,7 @@ def subtitle(profile: Profile) -> str:
     run, steps = profile.run, profile.steps
     parts = [f"run {profile.path.name}" if profile.path.name else ""]
     if run.get("precision"):
-        parts.append(f"trained in {run['precision']}")
+        parts.append(f"{'inference' if run.get('mode') == 'inference' else 'trained'} in {run['precision']}")
     if run.get("parameters"):
         parts.append(f"{count_text(run['parameters'])} parameters")
     parts.append(f"{plural(len(steps), 'step')} recorded" + (f", from {steps[0]} to {steps[-1]}" if steps else ""))

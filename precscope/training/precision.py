@@ -36,6 +36,17 @@ class LossScaler(torch.amp.GradScaler):
     model.half(), that is what training them is like.
     """
 
+    @classmethod
+    def of(cls, plan: PrecisionPlan, device: str, *, initial: float | None = None) -> LossScaler:
+        """As a plan's loss_scale has it: initial (without one 65536) and growth_interval (2000).
+
+        device: its type. initial: a scale to start with in place of the plan's. The plan's floor is where gradients
+        begin to be lost: a run that overflows above it goes below rather than stop.
+        """
+        scale = plan.loss_scale
+        start = float(scale.get("initial", 65536.0) if initial is None else initial)
+        return cls(device, init_scale=start, growth_interval=scale.get("growth_interval", 2000))
+
     def current_scale(self) -> torch.Tensor:
         """A copy of the loss scale: float32 scalar on the device."""
         scale = self._get_scale_async()
@@ -191,13 +202,12 @@ class FullPrecision(Precision):
 class _Scaled(Precision):
     """A precision that may have fp16 gradients: a loss scale, and fp16 matrix products through fp32 where needed."""
 
-    def __init__(self, device: torch.device, *, half: bool, initial_scale: float | None, growth_interval: int) -> None:
+    def __init__(self, device: torch.device, *, scaler: LossScaler | None) -> None:
         super().__init__(device)
-        self.through_fp32 = half and device.type == "cpu" and needs_half_matmul()
-        if half:
-            scale = 65536.0 if initial_scale is None else float(initial_scale)
-            self.scaler = LossScaler(device.type, init_scale=scale, growth_interval=growth_interval)
-            self.scaler.prepare(device)
+        self.through_fp32 = scaler is not None and device.type == "cpu" and needs_half_matmul()
+        self.scaler = scaler
+        if scaler is not None:
+            scaler.prepare(device)
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
@@ -251,7 +261,10 @@ class Autocast(_Scaled):
         self, device: torch.device, dtype: str, *, initial_scale: float | None = None, growth_interval: int = 2000
     ) -> None:
         self.word, self.dtype = dtype, _DTYPES[dtype]
-        super().__init__(device, half=dtype == "fp16", initial_scale=initial_scale, growth_interval=growth_interval)
+        scale = 65536.0 if initial_scale is None else float(initial_scale)
+        half = dtype == "fp16"
+        made = LossScaler(device.type, init_scale=scale, growth_interval=growth_interval) if half else None
+        super().__init__(device, scaler=made)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=self.dtype)
@@ -274,13 +287,7 @@ class Planned(_Scaled):
         self.plan, self.initial_scale = plan, initial_scale
         layers = plan.resolve(name for name, _ in unwrap(model).named_modules())
         half = "fp16" in {layer.compute for layer in layers.values()}
-        scale = plan.loss_scale
-        super().__init__(
-            device,
-            half=half,
-            initial_scale=scale.get("initial") if initial_scale is None else initial_scale,
-            growth_interval=scale.get("growth_interval", 2000),
-        )
+        super().__init__(device, scaler=LossScaler.of(plan, device.type, initial=initial_scale) if half else None)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:

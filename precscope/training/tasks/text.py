@@ -20,8 +20,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import os
 import tarfile
-from collections.abc import Iterable
+import warnings
+import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,8 @@ from .packages import package_folder, quiet
 _SOURCES = ("movieReview", "tweets", "amazonReview", "nytEditorial")
 _CLEAR = 0.5  # ratings nearer to zero are neither good nor bad
 _EVALUATED = 32  # texts per held-out batch
+_UNREADABLE = (OSError, LookupError, ValueError, EOFError, NotImplementedError, tarfile.TarError, zlib.error)
+"""What comes of a file that is another one, cut short or not packed at all (rdata raises NotImplementedError)."""
 
 
 @dataclass(frozen=True)
@@ -153,15 +158,17 @@ def load_texts(sources: int = 1) -> tuple[Labelled, Labelled]:
     path = LABELLED_TEXTS.path()
     if path is None:
         raise TaskError("the labelled texts are not here: precscope tasks text --fetch")
+    food = path.suffix in (".rda", ".RData")
     try:
-        if path.suffix in (".rda", ".RData"):
+        if food:
             return _food_reviews(path)
-        rated = [pair for name in _SOURCES[:sources] for pair in _rated(path, f"{name}")]
-    except (OSError, KeyError, ValueError, tarfile.TarError) as error:
-        raise TaskError(
-            f"{path} is not the source archive of vaderSentiment 3.3.2 ({one_line(error)}): delete it, then "
-            "precscope tasks text --fetch"
-        ) from error
+        rated = [pair for name in _SOURCES[:sources] for pair in _rated(path, name)]
+    except _UNREADABLE as error:
+        expected = "small_fine_foods.rda of r-cran-modeldata" if food else "the source archive of vaderSentiment 3.3.2"
+        said = f"{path}, which is not {expected} ({one_line(error)})"
+        if os.environ.get(LABELLED_TEXTS.variable):  # a file of the user's own: not ours to have deleted
+            raise TaskError(f"{LABELLED_TEXTS.variable} names {said}: name another file, or unset it") from error
+        raise TaskError(f"the texts were fetched as {said}: delete it, then precscope tasks text --fetch") from error
     parts: tuple[Labelled, Labelled] = ([], [])
     for line, rating in rated:
         if abs(rating) >= _CLEAR:
@@ -172,15 +179,24 @@ def load_texts(sources: int = 1) -> tuple[Labelled, Labelled]:
 def _rated(archive: Path, source: str) -> list[tuple[str, float]]:
     """Texts and mean ratings (-4 to 4) of one file of the archive, which holds an archive."""
     with tarfile.open(archive) as outer:
-        inner = outer.extractfile(next(m for m in outer.getmembers() if m.name.endswith("hutto_ICWSM_2014.tar.gz")))
-        assert inner is not None
-        with tarfile.open(fileobj=io.BytesIO(inner.read())) as files:
-            named = next(m for m in files.getmembers() if Path(m.name).name.startswith(source) and "Ground" in m.name)
-            content = files.extractfile(named)
-            assert content is not None
-            lines = content.read().decode("utf-8-sig").splitlines()
-    rows = (line.split("\t", 2) for line in lines if line.strip())
+        inner = _member(outer, "hutto_ICWSM_2014.tar.gz", lambda name: name.endswith("hutto_ICWSM_2014.tar.gz"))
+        with tarfile.open(fileobj=io.BytesIO(inner)) as files:
+            named = _member(
+                files, f"{source}...GroundTruth", lambda n: Path(n).name.startswith(source) and "Ground" in n
+            )
+    rows = (line.split("\t", 2) for line in named.decode("utf-8-sig").splitlines() if line.strip())
     return [(words.strip(), float(rating)) for _, rating, words in rows]
+
+
+def _member(archive: tarfile.TarFile, words: str, wanted: Callable[[str], bool]) -> bytes:
+    """The content of the first file whose name is `wanted`; `words`: what it is called where there is none.
+
+    Raises ValueError."""
+    for member in archive.getmembers():
+        content = archive.extractfile(member) if wanted(member.name) else None  # None for folders
+        if content is not None:
+            return content.read()
+    raise ValueError(f"no {words} in it")
 
 
 def _food_reviews(path: Path) -> tuple[Labelled, Labelled]:
@@ -189,7 +205,9 @@ def _food_reviews(path: Path) -> tuple[Labelled, Labelled]:
         import rdata
     except ImportError as error:
         raise TaskError("reading an .rda file needs the package rdata: pip install rdata") from error
-    frames = rdata.read_rda(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Unknown file type|Wrong extension")  # what then fails is told
+        frames = rdata.read_rda(path)
     found = [frames[name] for name in ("training_data", "testing_data")]
     train, held_out = (
         [(str(r), int(s == "great")) for r, s in zip(f["review"], f["score"], strict=True)] for f in found
