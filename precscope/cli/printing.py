@@ -34,7 +34,9 @@ TensorboardOption = Annotated[
 WandbOption = Annotated[
     str | None, typer.Option(help="also tell Weights & Biases: the project; without network WANDB_MODE=offline")
 ]
-MlflowOption = Annotated[str | None, typer.Option(help="also tell MLflow: tracking URI, such as sqlite:///mlflow.db or http://...")]
+MlflowOption = Annotated[
+    str | None, typer.Option(help="also tell MLflow: tracking URI, such as sqlite:///mlflow.db or http://...")
+]
 CsvOption = Annotated[Path | None, typer.Option(help="also write all rows to this CSV file")]
 
 
