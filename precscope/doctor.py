@@ -160,8 +160,12 @@ def _versions() -> dict[str, str]:
 
 
 def describe(found: Diagnosis) -> str:
-    """The diagnosis in words, in at most 80 columns."""
+    """The diagnosis in words, as wide as the terminal, 80 columns at most."""
     import textwrap
+
+    from .reporting.text import line_width
+
+    width = min(line_width(None), 80)
 
     base = found.rates[0].gflops
     lines = [
@@ -174,9 +178,11 @@ def describe(found: Diagnosis) -> str:
     for rate in found.rates:
         if rate.gflops == rate.gflops:
             line = f"{rate.format:<9} {rate.gflops:>9.4g} GFLOP/s {rate.gflops / base:>16.3g}x  {rate.note}"
-            lines.append(line.rstrip())
+            lines += (
+                [line.rstrip()] if len(line) <= width else [line[: -len(rate.note)].rstrip(), f"{'':<9} {rate.note}"]
+            )
         else:
             lines.append(f"{rate.format:<9} {rate.note}")
-    lines += ["", *(line for text in found.advice for line in textwrap.wrap(text, 78))]
-    lines += ["", *textwrap.wrap("versions: " + ", ".join(f"{k} {v}" for k, v in found.versions.items()), 78)]
+    lines += ["", *(line for text in found.advice for line in textwrap.wrap(text, width))]
+    lines += ["", *textwrap.wrap("versions: " + ", ".join(f"{k} {v}" for k, v in found.versions.items()), width)]
     return "\n".join(lines)

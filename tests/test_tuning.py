@@ -366,3 +366,20 @@ def test_unknown_candidate_and_damaged_files(tuned, tmp_path):
     path.write_text('{"schema": 2}')
     with pytest.raises(RunDirectoryError, match="reads up to 1: upgrade"):
         load_settings(path)
+
+
+def test_the_table_fits_a_narrow_terminal(monkeypatch):
+    from precscope.tuning.candidates import Candidate
+    from precscope.tuning.result import _table
+
+    made = {
+        "step_ms": 1234.5,
+        "fastest_ms": 1200.25,
+        "slowest_ms": 1300.75,
+        "fixed_bytes": 2**33,
+        "activation_bytes": 2**33,
+    }
+    for columns in (60, 72, 80, 200):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = _table([Candidate("bf16", **made, note="word " * 30)])
+        assert max(map(len, lines)) <= min(columns, 80) and any("bf16" in line for line in lines)

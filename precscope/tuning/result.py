@@ -17,6 +17,7 @@ from typing import Any
 from ..errors import RunDirectoryError, UsageError
 from ..plans import PrecisionPlan
 from ..reporting.numbers import bytes_text
+from ..reporting.text import line_width
 from ..store import replacing
 from ..tasks import BUNDLED, split_size
 from .candidates import Candidate
@@ -114,7 +115,8 @@ class Tuning:
     def __str__(self) -> str:
         lines = [f"choice: {self.choice}, {self.accumulate} micro-batch{'es' if self.accumulate > 1 else ''} per step"]
         lines += ["", *_table(self.candidates), ""]
-        lines += [part for text in self.reasons for part in textwrap.wrap(f"- {text}", 80, subsequent_indent="  ")]
+        width = min(line_width(None), 80)
+        lines += [part for text in self.reasons for part in textwrap.wrap(f"- {text}", width, subsequent_indent="  ")]
         return "\n".join(lines)
 
 
@@ -162,13 +164,16 @@ def parse_bytes(text: str | int | float) -> int:
 def _table(candidates: Sequence[Candidate]) -> list[str]:
     """A row per candidate: time of a step, speed beside fp32, memory of one micro-batch, and what to know."""
     base = next((c.step_ms for c in candidates if c.name == "fp32"), float("nan"))
-    lines = [f"{'precision':<10} {'ms/step':>9} {'(range)':>17} {'speed':>6} {'memory':>9}  may be chosen", "-" * 80]
+    width = min(line_width(None), 80)
+    wide = width >= 74  # narrower terminals do without the range
+    spread = f" {'(range)':>17}" if wide else ""
+    lines = [f"{'precision':<10} {'ms/step':>9}{spread} {'speed':>6} {'memory':>9}  may be chosen", "-" * width]
     for c in candidates:
-        around = f"({c.fastest_ms:.4g} to {c.slowest_ms:.4g})"
-        row = f"{c.name:<10} {c.step_ms:>9.4g} {around:>17} {base / c.step_ms:>6.2f} {bytes_text(c.memory_bytes):>9}  "
+        around = f" {f'({c.fastest_ms:.4g} to {c.slowest_ms:.4g})':>17}" if wide else ""
+        row = f"{c.name:<10} {c.step_ms:>9.4g}{around} {base / c.step_ms:>6.2f} {bytes_text(c.memory_bytes):>9}  "
         lines.append(row + ("yes" if c.safe else "no"))
         if c.note:
-            lines += textwrap.wrap(c.note, 80, initial_indent="  ", subsequent_indent="  ", max_lines=3)
+            lines += textwrap.wrap(c.note, width, initial_indent="  ", subsequent_indent="  ", max_lines=3)
     return lines
 
 
