@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 
 import pandas as pd
 import pytest
@@ -464,15 +465,23 @@ def test_wrong_counts_are_refused(tmp_path):
 
 
 def test_the_whole_step_is_timed_where_costs_were_measured(tmp_path):
-    """Module times promise ten times the speed; on layers this small autocast only adds casts."""
-    profile = profiled(make_task(), tmp_path / "run")
+    """Module times promise ten times the speed; but what runs under autocast is made to wait here."""
+
+    def made():
+        task = make_task()
+        task.model.first.register_forward_pre_hook(
+            lambda module, inputs: time.sleep(0.02) if torch.is_autocast_enabled("cpu") else None
+        )
+        return task
+
+    profile = profiled(made(), tmp_path / "run")
     rows = [
         {"module": m, "format": f, "time_ms": t, "how": "measured", "cast_ms_per_element": 1e-9}
         for m in ("", "first", "norm", "last")
         for f, t in (("fp32", 10.0), ("bf16", 1.0))
     ]
     save(pd.DataFrame(rows), tmp_path / "run" / "cost.parquet")
-    plan = ps.recommend(profile, formats=("bf16", "fp32"), task=make_task())
+    plan = ps.recommend(profile, formats=("bf16", "fp32"), task=made())
     assert set(plan.made_from["step_ms"]) == {"plan", "main", "fp32"}
     assert {layer.compute for layer in plan.modules.values()} == {"fp32"}
     assert "low precision gains nothing on this device" in plan.made_from["says"]
