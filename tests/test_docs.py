@@ -8,9 +8,9 @@ Every command in the README and in docs/ is known to be run, or at least to be a
 - each `precscope ...` anywhere, in a block or in a line of text, must name a command that there is, and only options
   that its help lists; each `python FILE ...` and `make TARGET` a script, options and a target that there are.
 
-So a command cannot be misspelt or outlive its option, and those in the pages that people start from really ran. What is
-only checked by name: the benchmarks' commands in docs/benchmarks.md (their figures took hours) and commands in running
-text.
+So a command cannot be misspelt or outlive its option, and those in the pages that people start from really ran. The
+benchmarks of docs/benchmarks.md, whose figures took hours, are run in their short setting by .ci/run. What is only
+checked by name: commands in running text.
 """
 
 from __future__ import annotations
