@@ -13,7 +13,6 @@ import argparse
 import logging
 import tempfile
 import warnings
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -83,19 +82,17 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     with tempfile.TemporaryDirectory() as name:
-        out = Path(name) / "run"
-        right = train(steps, precision="bf16-mixed", callbacks=[RecordCallback(out, every=10)])
+        right = train(steps, precision="bf16-mixed", callbacks=[RecordCallback(f"{name}/run", every=10)])
         print(f"bf16-mixed, recorded    {right:.1%} right")
-        profile = ps.Profile.load(out)
+        profile = ps.Profile.load(f"{name}/run")
         worst = profile.ask("fp16", roles=["output"]).sort_values("amax").iloc[-1]
         print(f"asked for fp16          {worst.module!r} reaches {worst.amax:.3g}, {worst.overflow_lo:.2%} overflow")
         plan = ps.recommend(profile, formats=("fp16", "fp32"))
         names = [name for name, module in Classifier().named_modules() if name and not list(module.children())]
         print(f"the plan                {', '.join(f'{n}: {plan[n].compute}' for n in names)}")
     print(f"with PlanPrecision      {train(steps, plugins=[PlanPrecision(plan)]):.1%} right")
-    print(
-        f"all of it in fp16       {train(steps, plugins=[PlanPrecision(ps.PrecisionPlan(default='fp16'))]):.1%} right"
-    )
+    half = ps.PrecisionPlan(default="fp16")
+    print(f"all of it in fp16       {train(steps, plugins=[PlanPrecision(half)]):.1%} right")
 
 
 if __name__ == "__main__":

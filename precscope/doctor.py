@@ -165,7 +165,7 @@ def describe(found: Diagnosis) -> str:
 
     from .reporting.text import line_width
 
-    width = min(line_width(None), 80)
+    width = line_width(most=80)
 
     base = found.rates[0].gflops
     lines = [

@@ -1,6 +1,6 @@
 """The committed reports: the commands that make each, run in turn, and the pages that list them.
 
-    python reports/make.py                  # all of them, about 40 minutes on two cores
+    python reports/make.py                  # all of them, about 12 minutes on two cores
     python reports/make.py bert zoo         # some
     python reports/make.py --list           # the commands, to run by hand
     python reports/make.py --index          # reports/index.html and reports/README.md alone

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..reporting.numbers import percent, plural
-from ..reporting.text import columns
+from ..reporting.text import columns, line_width
 from .scoring import LARGEST_SHARE, Score
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ _KEY = (
 
 def result_text(result: ZooResult, *, width: int | None = None) -> str:
     """A row per pair, why modules are kept high, the worst pairs, the summary."""
-    width = min(max(shutil.get_terminal_size((80, 24)).columns, 60), 120) if width is None else width
+    width = line_width(width)
     kept = [i for i, h in enumerate(_HEAD) if width >= _FROM_WIDTH.get(h, 0)]
     head, *rows = [[row[i] for i in kept] for row in (_HEAD, *map(_row, result.scores))]
     lines = columns(head, rows, left=(0, 1, len(kept) - 1), width=width)

@@ -207,7 +207,7 @@ def _speed(ratio: float) -> str:
 
 
 def _width() -> int:
-    return min(line_width(None), _WIDTH)
+    return line_width(most=_WIDTH)
 
 
 def _wrapped(lines: list[str]) -> list[str]:

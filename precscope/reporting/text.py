@@ -176,9 +176,9 @@ def _line(cells: Sequence[str], sizes: Sequence[int], left: Sequence[int]) -> st
     return "  ".join(aligned).rstrip()
 
 
-def line_width(width: int | None) -> int:
-    """The width asked for, else the terminal's between 60 and 120, 80 where there is none."""
-    return width if width is not None else min(max(shutil.get_terminal_size((80, 24)).columns, 60), 120)
+def line_width(width: int | None = None, *, most: int = 120) -> int:
+    """The width asked for, else the terminal's between 60 and `most`, 80 where there is none."""
+    return width if width is not None else min(max(shutil.get_terminal_size((80, 24)).columns, 60), most)
 
 
 def _wrapped(lines: Iterable[str], width: int | None) -> list[str]:

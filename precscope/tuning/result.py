@@ -115,7 +115,7 @@ class Tuning:
     def __str__(self) -> str:
         lines = [f"choice: {self.choice}, {self.accumulate} micro-batch{'es' if self.accumulate > 1 else ''} per step"]
         lines += ["", *_table(self.candidates), ""]
-        width = min(line_width(None), 80)
+        width = line_width(most=80)
         lines += [part for text in self.reasons for part in textwrap.wrap(f"- {text}", width, subsequent_indent="  ")]
         return "\n".join(lines)
 
@@ -164,7 +164,7 @@ def parse_bytes(text: str | int | float) -> int:
 def _table(candidates: Sequence[Candidate]) -> list[str]:
     """A row per candidate: time of a step, speed beside fp32, memory of one micro-batch, and what to know."""
     base = next((c.step_ms for c in candidates if c.name == "fp32"), float("nan"))
-    width = min(line_width(None), 80)
+    width = line_width(most=80)
     wide = width >= 74  # narrower terminals do without the range
     spread = f" {'(range)':>17}" if wide else ""
     lines = [f"{'precision':<10} {'ms/step':>9}{spread} {'speed':>6} {'memory':>9}  may be chosen", "-" * width]
