@@ -711,6 +711,18 @@ def test_confirming_batches_are_those_after_the_recorded_micro_batches(tmp_path)
     assert asked and min(asked) >= 6
 
 
+def test_a_confirmed_plan_tells_the_noise_that_was_priced(tmp_path):
+    """What was tried is no longer bound by its predicted noise; the evidence still says how large that is."""
+    profile = profiled(make_task(), tmp_path, steps=12, precision="bf16", shadow_every=3)
+    asked = {"formats": ("bf16", "fp32"), "costs": "model"}
+    predicted, tried = ps.recommend(profile, **asked), ps.recommend(profile, task=make_task(), **asked)
+    for name, layer in tried.modules.items():
+        assert layer.evidence["loss_noise"] == predicted[name].evidence["loss_noise"]
+    std = [layer.evidence["loss_noise"][layer.compute] for layer in tried.modules.values()]
+    assert max(std) > 0
+    assert math.sqrt(sum(s * s for s in std)) == pytest.approx(tried.made_from["loss_noise"]["plan"])
+
+
 def test_a_function_of_steps_that_ends_is_asked_no_further(tmp_path):
     x = torch.randn(32, 16)
     few = [(x, (x[:, :4] > 0).float())] * 6

@@ -67,7 +67,7 @@ def recommend(
     low_params = policy == "cast" or updates is not None
     storage, kept, optimizer = _storage(profile, solution, main, limits, updates) if low_params else ({}, {}, {})
     modules = {
-        u.name: _layer(u, solution, choice, policy, storage.get(u.name, []), kept.get(u.name, []), low_params)
+        u.name: _layer(u, solution, choice, noise, policy, storage.get(u.name, []), kept.get(u.name, []), low_params)
         for u in graph.units
     }
     modules |= {
@@ -182,6 +182,7 @@ def _layer(
     unit: Unit,
     solution: Solution,
     choice: Choice,
+    noise: Noise,
     policy: str,
     against_storage: list[Reason],
     for_storage: list[Reason],
@@ -194,8 +195,8 @@ def _layer(
         "time_from": costs.how[name, compute],
         "forbidden": sorted(f for f in choice.formats if not choice.verdicts.allows(name, f)),
     }
-    if choice.noise.known:
-        evidence["loss_noise"] = {f: choice.noise.of(name, f) ** 0.5 for f in choice.formats}
+    if noise.known:  # as it was priced, whether or not a trial has overruled it
+        evidence["loss_noise"] = {f: noise.of(name, f) ** 0.5 for f in choice.formats}
     reasons = [*reasons_for(name, compute, choice), *against_storage, *for_storage]
     if against_storage and compute != "fp32" and "fp32" in choice.formats:
         gain = costs.time_ms[name, "fp32"] - costs.time_ms[name, compute] - costs.cast(unit.own_params)
